@@ -1,0 +1,1 @@
+"""Attention under eviction: `reference` is the specification, `soft` trains."""

@@ -1,0 +1,255 @@
+"""Training attention: relaxed decisions, forward and backward, without a T x T tensor on a GPU.
+
+    reference  dense and eager, the specification
+    chunked    exact; queries in chunks over the keys up to them; probabilities are recomputed in the backward
+    flex       torch FlexAttention, compiled; CUDA only for training (it has no backward on CPUs)
+
+The score of key j for query i gets log_keep[j] once i - j >= window. In the backward the gradient of log_keep is the
+column sum of dS over those queries and over the G query heads of the group.
+Shapes: B batch, T tokens, H query heads, K KV heads, G = H / K, D head width, C queries of a chunk.
+"""
+
+import functools
+import logging
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dms_lab.attention import reference
+
+BACKENDS = ("auto", "reference", "chunked", "flex")
+_CHUNK = 128
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def choose_backend(name: str, device_type: str) -> str:
+    """The backend that `name` means on a device: `auto` is flex on CUDA and chunked elsewhere. Logs a choice once.
+
+    Raises `ValueError` for an unknown name, and for flex where it cannot train.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if name == "flex" and device_type != "cuda":
+        raise ValueError(f"attention='flex' has no backward on {device_type}; use attention=chunked, which is exact")
+    if name != "auto":
+        return name
+    chosen = "flex" if device_type == "cuda" else "chunked"
+    _log.info("attention=auto: %s on %s", chosen, device_type)
+    return chosen
+
+
+def soft_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor | None,
+    window: int,
+    document: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    sliding_window: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention [B, H, T, D] in which key j gets `log_keep` [B, K, T] from distance `window` on.
+
+    `log_keep` is governed already (0: kept, -inf: evicted for sure); None is plain attention. `document` [B, T] separates
+    packed documents, -1 is padding, whose rows are 0; None: one unpadded document a row.
+    """
+    backend = choose_backend(backend, query.device.type)
+    if backend == "reference":
+        lk = log_keep if log_keep is not None else key.new_zeros(key.shape[:3])
+        bias = reference.soft_bias(lk, window, document, sliding_window)
+        return reference.attend(query, key, value, bias, scaling, softcap, sinks)[0]
+    if backend == "flex":
+        return flex_attention(query, key, value, log_keep, window, document, scaling, softcap, sinks, sliding_window)
+    padding = None
+    if document is not None and _one_document_each(document):
+        padding, document = document < 0, None
+    if log_keep is None and document is None and softcap is None and sinks is None and sliding_window is None:
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    else:
+        output = _ChunkedAttention.apply(
+            query, key, value, log_keep, sinks, window, document, scaling, softcap, sliding_window
+        )
+    return output if padding is None else output.masked_fill(padding[:, None, :, None], 0.0)
+
+
+def _one_document_each(document: Tensor) -> bool:
+    """Whether every row is one document and then padding: causality alone then keeps real tokens from padding."""
+    first = document[:, :1]
+    real = document >= 0
+    return bool(((document == first) | ~real).all()) and bool((real[:, :-1] | ~real[:, 1:]).all())
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Exact attention over chunks of queries; saves inputs, output and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, log_keep, sinks, window, document, scaling, softcap, sliding_window):
+        batch, num_heads, num_tokens, width = query.shape
+        num_kv_heads = key.shape[1]
+        ctx.settings = (window, scaling, softcap, sliding_window)
+        q, k, v, lk = _wide(query), _wide(key), _wide(value), None if log_keep is None else _wide(log_keep)
+        q = q.reshape(batch, num_kv_heads, -1, num_tokens, width)
+        output = torch.empty_like(q)
+        lse = q.new_empty(q.shape[:-1])
+        sink = None if sinks is None else _wide(sinks).view(1, num_kv_heads, -1, 1)
+        for start in range(0, num_tokens, _CHUNK):
+            stop = min(start + _CHUNK, num_tokens)
+            scores, _ = _chunk_scores(q, k, lk, document, start, stop, ctx.settings)
+            highest = scores.amax(-1)
+            if sink is not None:
+                highest = torch.maximum(highest, sink)
+            highest = highest.masked_fill(highest == -math.inf, 0.0)
+            weights = scores.sub_(highest[..., None]).exp_()
+            total = weights.sum(-1)
+            if sink is not None:
+                total = total + (sink - highest).exp()
+            chunk = weights.flatten(2, 3) @ v[:, :, :stop]
+            safe = total.masked_fill(total == 0, 1.0)
+            output[:, :, :, start:stop] = chunk.view(*weights.shape[:4], width).div_(safe[..., None])
+            # Rows that see nothing get +inf, so that their weights are 0 again in the backward.
+            lse[:, :, :, start:stop] = torch.where(total == 0, math.inf, highest + safe.log())
+        ctx.save_for_backward(query, key, value, log_keep, sinks, document, output, lse)
+        return output.view(batch, num_heads, num_tokens, width).to(query.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value, log_keep, sinks, document, output, lse = ctx.saved_tensors
+        window, scaling, softcap, _ = ctx.settings
+        batch, num_heads, num_tokens, width = query.shape
+        num_kv_heads = key.shape[1]
+        q, k, v, lk = _wide(query), _wide(key), _wide(value), None if log_keep is None else _wide(log_keep)
+        q = q.reshape(batch, num_kv_heads, -1, num_tokens, width)
+        g = _wide(grad_output).reshape(q.shape)
+        delta = (g * output).sum(-1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dlk = None if lk is None else torch.zeros_like(lk)
+        for start in range(0, num_tokens, _CHUNK):
+            stop = min(start + _CHUNK, num_tokens)
+            scores, slope = _chunk_scores(q, k, lk, document, start, stop, ctx.settings)
+            weights = scores.sub_(lse[:, :, :, start:stop, None]).exp_()
+            gc = g[:, :, :, start:stop].flatten(2, 3)
+            dv[:, :, :stop].add_(weights.flatten(2, 3).transpose(2, 3) @ gc)
+            ds = (gc @ v[:, :, :stop].transpose(2, 3)).view(weights.shape)
+            ds.sub_(delta[:, :, :, start:stop, None]).mul_(weights)
+            if dlk is not None:
+                old = max(0, start - window + 1)  # keys before it are out of the window for the whole chunk
+                dlk[:, :, :old].add_(ds[..., :old].sum((2, 3)))
+                near = _distance(start, stop, old, ds.device) >= window
+                dlk[:, :, old:stop].add_((ds[..., old:].sum(2) * near).sum(2))
+            if slope is not None:
+                ds.mul_(slope)
+            flat = ds.flatten(2, 3).mul_(scaling)
+            dq[:, :, :, start:stop] = (flat @ k[:, :, :stop]).view(*ds.shape[:4], width)
+            dk[:, :, :stop].add_(flat.transpose(2, 3) @ q[:, :, :, start:stop].flatten(2, 3))
+        dsinks = None
+        if sinks is not None:
+            weight = (_wide(sinks).view(1, num_kv_heads, -1, 1) - lse).exp()
+            dsinks = -(weight * delta).sum((0, 3)).flatten().to(sinks.dtype)
+        dlk = None if dlk is None else dlk.to(log_keep.dtype)
+        return (
+            dq.view(query.shape).to(query.dtype),
+            dk.to(key.dtype),
+            dv.to(value.dtype),
+            dlk,
+            dsinks,
+            *(None,) * 5,
+        )
+
+
+def _wide(x: Tensor) -> Tensor:
+    """`x` in a precision to accumulate in."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _distance(start: int, stop: int, first_key: int, device: torch.device) -> Tensor:
+    """i - j for the queries `start..stop` and the keys `first_key..stop`."""
+    return torch.arange(start, stop, device=device)[:, None] - torch.arange(first_key, stop, device=device)[None, :]
+
+
+def _chunk_scores(
+    q: Tensor,
+    k: Tensor,
+    log_keep: Tensor | None,
+    document: Tensor | None,
+    start: int,
+    stop: int,
+    settings: tuple[int, float, float | None, int | None],
+) -> tuple[Tensor, Tensor | None]:
+    """Biased scores [B, K, G, C, stop] of one chunk, and the slope of the soft-cap where there is one."""
+    window, scaling, softcap, sliding_window = settings
+    chunk = q[:, :, :, start:stop]
+    scores = (chunk.flatten(2, 3) * scaling) @ k[:, :, :stop].transpose(2, 3)
+    scores = scores.view(*chunk.shape[:4], stop)
+    slope = None
+    if softcap is not None:
+        bounded = torch.tanh(scores / softcap)
+        scores, slope = bounded * softcap, 1 - bounded.square()
+    old = max(0, start - window + 1)
+    if log_keep is not None:
+        scores[..., :old] += log_keep[:, :, None, None, :old]
+    distance = _distance(start, stop, old, q.device)
+    if log_keep is not None:
+        recent = torch.where(distance >= window, log_keep[:, :, None, old:stop], 0.0)
+        scores[..., old:] += recent.masked_fill(distance < 0, -math.inf)[:, :, None]
+    else:
+        scores[..., old:].masked_fill_(distance < 0, -math.inf)
+    if sliding_window is not None:
+        scores.masked_fill_(_distance(start, stop, 0, q.device) >= sliding_window, -math.inf)
+    if document is not None:
+        same = document[:, start:stop, None] == document[:, None, :stop]
+        same &= document[:, None, :stop] >= 0
+        scores.masked_fill_(~same[:, None, None], -math.inf)
+    return scores, slope
+
+
+# -- FlexAttention -----------------------------------------------------------------------------------------------------
+@functools.cache
+def _compiled_flex(device_type: str):
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    return torch.compile(flex) if device_type == "cuda" else flex
+
+
+def flex_attention(query, key, value, log_keep, window, document, scaling, softcap, sinks, sliding_window) -> Tensor:
+    """`soft_attention` by FlexAttention: compiled on CUDA, eager elsewhere (forward only)."""
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask
+
+    batch, num_heads, num_tokens, _ = query.shape
+    group = num_heads // key.shape[1]
+
+    def score_mod(score, b, h, i, j):
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        if log_keep is None:
+            return score
+        return score + torch.where(i - j >= window, log_keep[b, h // group, j], 0.0)
+
+    def mask_mod(b, h, i, j):
+        seen = i >= j
+        if sliding_window is not None:
+            seen = seen & (i - j < sliding_window)
+        if document is not None:
+            seen = seen & (document[b, i] == document[b, j]) & (document[b, j] >= 0)
+        return seen
+
+    rows = None if document is None else batch
+    mask = create_block_mask(mask_mod, rows, None, num_tokens, num_tokens, device=query.device)
+    output, aux = _compiled_flex(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=score_mod,
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
+    )
+    if sinks is not None:
+        output = output * torch.sigmoid(aux.lse - sinks.view(1, -1, 1))[..., None].to(output.dtype)
+    return output

@@ -1,0 +1,1 @@
+"""Caches: `masked` keeps everything and hides what is evicted (the oracle)."""

@@ -1,0 +1,22 @@
+"""What stays in the cache: one policy a file, all in the same cache, with the same attention and the same accounting.
+
+A policy answers one question for a layer: which keys may each new query attend to (`attend`). `dms` learned it,
+`streaming_llm`, `tova`, `h2o` and `random` decide by rule, `full` keeps everything.
+"""
+
+from dms_lab.cache.policy import Policy
+from dms_lab.policies.dms import DmsPolicy
+from dms_lab.policies.full import FullPolicy
+from dms_lab.policies.h2o import H2OPolicy
+from dms_lab.policies.random import RandomPolicy
+from dms_lab.policies.streaming_llm import StreamingLLMPolicy
+from dms_lab.policies.tova import TovaPolicy
+
+HEURISTICS = {
+    "streaming_llm": StreamingLLMPolicy,
+    "tova": TovaPolicy,
+    "h2o": H2OPolicy,
+    "random": RandomPolicy,
+}
+
+__all__ = ["HEURISTICS", "DmsPolicy", "FullPolicy", "Policy", *(p.__name__ for p in HEURISTICS.values())]

@@ -1,0 +1,188 @@
+"""Pretraining of the embedded model, from nothing but a seed.
+
+    curriculum(progress) -> (mixture, length) -> Documents of one length -> batch -> loss -> Muon + AdamW
+
+What makes two-token facts be looked up at all within a few million tokens: a copying warm-up, input embeddings that are
+large beside the layers' outputs (untied, standard deviation 0.5), small batches, Muon, and lengths that grow.
+"""
+
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from dms_lab.tiny import corpus, tasks
+from dms_lab.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights. Rates are per step, sizes in tokens."""
+
+    seed: int = 0
+    num_tokens: int = 24_000_000
+    batch_tokens: int = 3072
+    muon_lr: float = 0.01
+    adam_lr: float = 2e-3
+    prompt_weight: float = 0.25
+    warmup: float = 0.01
+    decay: float = 0.35
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    ffn_size: int = 384
+    max_position: int = 2048
+
+
+def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
+    """A freshly initialised Qwen3 of the recipe's shape."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_kv_heads,
+        head_dim=recipe.head_dim,
+        intermediate_size=recipe.ffn_size,
+        max_position_embeddings=recipe.max_position,
+        rope_theta=10_000.0,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
+    torch.manual_seed(recipe.seed)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_(0.0, 0.5)
+    return model
+
+
+def draw_document(
+    progress: float, length: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase, code: list[str]
+) -> corpus.Document:
+    """One training document of at most `length` tokens, from the mixture that holds at `progress` (0 to 1)."""
+    if rng.random() < max(0.02, 1.0 - progress / 0.06):
+        text = tasks.copying(rng, length)
+        ids = tokenizer(text, add_special_tokens=False).input_ids[:length]
+        half = len(ids) // 2
+        return corpus.Document(ids, [False] * half + [True] * (len(ids) - half))
+    kind = rng.random()
+    if kind < 0.10:
+        return corpus.encode_text(corpus.excerpt(code, rng, 4 * length), tokenizer, length)
+    if kind < 0.13:
+        return corpus.encode_text(tasks.prose(rng, length), tokenizer, length)
+    return corpus.encode_problem(tasks.make_problem(rng.choice(tasks.FAMILIES), rng, length), tokenizer)
+
+
+def draw_length(progress: float, rng: random.Random) -> int:
+    """Document length: short at first, 256 to 1024 at the end."""
+    if progress < 0.08:
+        return rng.choice((64, 96))
+    if progress < 0.30:
+        return rng.choice((64, 96, 128, 160))
+    if progress < 0.60:
+        return rng.choice((96, 160, 256, 320))
+    return rng.choice((128, 256, 384, 512, 512, 768, 1024) if progress > 0.75 else (128, 256, 320, 512))
+
+
+def make_batch(documents: list[corpus.Document], prompt_weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids [B, T] and loss weights [B, T - 1] of the next tokens."""
+    longest = max(len(d.ids) for d in documents)
+    ids = torch.zeros(len(documents), longest, dtype=torch.long)
+    weight = torch.zeros(len(documents), longest)
+    for row, document in enumerate(documents):
+        n = len(document.ids)
+        ids[row, :n] = torch.tensor(document.ids)
+        weight[row, :n] = torch.where(torch.tensor(document.is_completion), 1.0, prompt_weight)
+    return ids, weight[:, 1:]
+
+
+def learning_rate(progress: float, recipe: Recipe) -> float:
+    """Factor on both learning rates: linear warm-up, constant, cosine to 2 %."""
+    if progress < recipe.warmup:
+        return progress / recipe.warmup
+    if progress < 1 - recipe.decay:
+        return 1.0
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 1 + recipe.decay) / recipe.decay))
+
+
+def pretrain(recipe: Recipe, folder: Path, log_every: int = 50, eval_every: int = 500) -> Qwen3ForCausalLM:
+    """Trains the embedded model and saves it with its tokenizer, recipe and log in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code = corpus.standard_library(held_out=False)
+    tokenizer = train_tokenizer(code, recipe.seed)
+    model = build_model(recipe)
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
+    muon = torch.optim.Muon(hidden, lr=recipe.muon_lr, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rng = random.Random(recipe.seed)
+    seen, step, started = 0, 0, time.monotonic()
+    log = (folder / "pretrain.jsonl").open("w")
+    average: dict[str, float] = {}
+    while seen < recipe.num_tokens:
+        progress = seen / recipe.num_tokens
+        length = draw_length(progress, rng)
+        documents = [
+            draw_document(progress, length, rng, tokenizer, code) for _ in range(max(1, recipe.batch_tokens // length))
+        ]
+        ids, weight = make_batch(documents, recipe.prompt_weight)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss_per_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        loss = (loss_per_token * weight).sum() / weight.sum()
+        muon.zero_grad()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        factor = learning_rate(progress, recipe)
+        muon.param_groups[0]["lr"] = recipe.muon_lr * factor
+        adam.param_groups[0]["lr"] = recipe.adam_lr * factor
+        muon.step()
+        adam.step()
+        seen += int((weight > 0).sum())
+        step += 1
+        with torch.no_grad():
+            chain = (weight == 1.0).float()
+            right = (logits.argmax(-1) == ids[:, 1:]).float()
+            for key, value in (
+                ("loss", loss.item()),
+                ("chain_loss", ((loss_per_token * chain).sum() / chain.sum()).item()),
+                ("chain_accuracy", ((right * chain).sum() / chain.sum()).item()),
+            ):
+                average[key] = 0.95 * average.get(key, value) + 0.05 * value
+        if step % log_every == 0:
+            row = {"step": step, "tokens": seen, "seconds": round(time.monotonic() - started, 1), "length": length}
+            row |= {key: round(value, 4) for key, value in average.items()}
+            if step % eval_every == 0:
+                row |= teacher_forced(model, tokenizer, min(max(length, 128), 512), recipe.seed)
+                model.save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    model.to(torch.float16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    log.close()
+    return model
+
+
+@torch.no_grad()
+def teacher_forced(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> dict:
+    """Share of held-out problems whose whole completion is the argmax at every token, per family."""
+    rng = random.Random(f"held-out {seed} {length}")
+    result = {}
+    for family in tasks.FAMILIES:
+        documents = [corpus.encode_problem(tasks.make_problem(family, rng, length), tokenizer) for _ in range(24)]
+        ids, weight = make_batch(documents, 0.5)
+        wrong = (model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1) != ids[:, 1:]) & (weight == 1.0)
+        result[f"{family}_exact"] = round(1.0 - wrong.any(-1).float().mean().item(), 3)
+    return result

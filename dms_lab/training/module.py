@@ -1,0 +1,179 @@
+"""The retrofit as a Lightning module.
+
+    batch -> teacher (eviction off) -> hidden states --+
+          -> student (relaxed decisions) -> hidden ----+-> chunked KL --+-> loss
+                                   evict probabilities ----> retention -+
+
+The teacher is the very same module with eviction off while only predictors are trained, and a frozen copy once the base
+weights move. Source: Lancucki et al. 2025, section 3; the one-sided retention loss is the paper's auxiliary loss.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dms_lab import distillation, eviction
+from dms_lab.checkpoint import trained_parameters
+from dms_lab.retrofit import PREDICTOR, Relaxation, Retrofit, retrofit
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised, and how CR rises. `cr` is what a user will measure at the training length (`count="live"`)."""
+
+    cr: float
+    steps: int
+    ramp: float = 0.8
+    count: str = "live"
+    retention_weight: float = 1.0
+    kl_direction: str = "forward"
+    neuron_zeroing_steps: int = 0
+    seed: int = 0
+    attention: str = "auto"
+    chunk_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW; `adapter_lr` is for predictors, `lr` for every other trained weight."""
+
+    lr: float = 3e-5
+    adapter_lr: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup_steps: int = 0
+
+
+class RetrofitModule(L.LightningModule):
+    """Trains a retrofitted model to match its teacher while it evicts more and more."""
+
+    def __init__(
+        self,
+        handle: Retrofit,
+        teacher: PreTrainedModel | None,
+        trained: str,
+        objective: Objective,
+        optimizer: Optimizer,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # a Lightning checkpoint holds the trained weights alone
+        self.model = handle.model
+        self.handle, self.objective, self.optimizer = handle, objective, optimizer
+        if trained != "adapter" and teacher is None:
+            raise ValueError(f"trained={trained!r} moves the base weights, so a frozen copy must be given as teacher")
+        # In a list, so that Lightning neither registers nor saves it.
+        self._teacher = [retrofit(teacher.requires_grad_(False).eval(), None)] if teacher is not None else []
+        chosen = trained_parameters(self.model, trained)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        self.trained_names = frozenset(chosen)
+
+    # -- Lightning ---------------------------------------------------------------------------------------------------
+    def on_fit_start(self) -> None:
+        for teacher in self._teacher:
+            teacher.model.to(self.device)
+        self.model.eval()  # no dropout: teacher and student must differ by eviction alone
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in state.items() if k.removeprefix("model.") in self.trained_names}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        adapters = [p for n, p in named if PREDICTOR in n]
+        others = [p for n, p in named if PREDICTOR not in n]
+        groups = [{"params": others, "lr": self.optimizer.lr}, {"params": adapters, "lr": self.optimizer.adapter_lr}]
+        for group in groups:
+            group["initial_lr"] = group["lr"]
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]], betas=self.optimizer.betas, weight_decay=self.optimizer.weight_decay
+        )
+        warmup = max(1, self.optimizer.warmup_steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- one step ------------------------------------------------------------------------------------------------------
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        step = self.global_step
+        cr = eviction.cr_at(step, self.objective.cr, self.objective.steps, self.objective.ramp)
+        document = batch["document"]
+        real = document >= 0
+        relaxation = Relaxation(
+            noise_key=(self.objective.seed, step, batch_idx, self.global_rank),
+            neuron_keep=self._neuron_keep(step),
+            backend=self.objective.attention,
+        )
+        with torch.no_grad():
+            teacher_handle = self._teacher[0] if self._teacher else self.handle
+            teacher_hidden = self._hidden(teacher_handle.model, batch, teacher_handle.off(document))
+        hidden = self._hidden(self.model, batch, self.handle.soft(relaxation, document))
+        kd = distillation.kl_loss(
+            hidden[real],
+            teacher_hidden[real],
+            output_head(self.model),
+            output_head(teacher_handle.model),
+            direction=self.objective.kl_direction,
+            chunk_tokens=self.objective.chunk_tokens,
+        )
+        target = self._target(cr, document)
+        probabilities = [relaxation.evict_probability[i] for i in sorted(relaxation.evict_probability)]
+        retention = eviction.retention_loss(probabilities, real, target)
+        evicted = torch.stack([_mean_over_real(p.detach(), real) for p in probabilities])  # [L, K or 1]
+        self.last = {
+            "kl": kd.detach(),
+            "retention_loss": retention.detach(),
+            "target_cr": torch.tensor(cr),
+            "evict_target": torch.tensor(target),
+            "evicted_soft": evicted.mean(),
+            "tokens": real.sum(),
+        }
+        self.last_evicted = evicted
+        return kd + self.objective.retention_weight * retention
+
+    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], plan: Any) -> Tensor:
+        # The all-ones mask keeps transformers from building a T x T mask for packed positions: the plan knows better.
+        return model.get_decoder()(
+            input_ids=batch["ids"],
+            attention_mask=torch.ones_like(batch["ids"]),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+            dms=plan,
+        ).last_hidden_state
+
+    def _neuron_keep(self, step: int) -> float:
+        stage = self.objective.neuron_zeroing_steps
+        return max(0.0, 1.0 - step / stage) if stage else 0.0
+
+    def _target(self, cr: float, document: Tensor) -> float:
+        """Wanted share of evicted decisions, for the documents that this batch really holds."""
+        window = self.handle.config.window
+        lengths = torch.cat([torch.unique_consecutive(row, return_counts=True)[1] for row in document])
+        ids = torch.cat([torch.unique_consecutive(row) for row in document])
+        lengths = lengths[ids >= 0]
+        old = (lengths - window).clamp(min=0).sum()
+        return eviction.evict_target(cr, int(lengths.sum()), max(1, int(old)), self.objective.count)
+
+
+def _mean_over_real(probability: Tensor, real: Tensor) -> Tensor:
+    """Mean over real tokens of [B, K, T], per head."""
+    weight = real[:, None].to(probability.dtype)
+    return (probability * weight).sum((0, 2)) / weight.sum()
+
+
+def output_head(model: PreTrainedModel):
+    """The function from hidden states to logits, with the soft-cap or scale that some families apply to logits."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden) / divisor if divisor != 1.0 else head(hidden)
+        return cap * torch.tanh(out / cap) if cap else out
+
+    return logits
