@@ -47,17 +47,22 @@ def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) 
     return Document(ids, [True] * len(ids))
 
 
-def standard_library(held_out: bool) -> list[str]:
-    """Sources of the running Python's standard library (top-level modules), in order of name.
+def standard_library_files(held_out: bool) -> list[Path]:
+    """Top-level modules of the running Python's standard library, in order of name.
 
     One module in ten, chosen by a hash of its name, is held out: `held_out` selects those or all others.
     """
     folder = Path(sysconfig.get_paths()["stdlib"])
     return [
-        path.read_text(encoding="utf-8", errors="replace")
+        path
         for path in sorted(folder.glob("*.py"))
         if (hashlib.sha256(path.name.encode()).digest()[0] % 10 == 0) is held_out
     ]
+
+
+def standard_library(held_out: bool) -> list[str]:
+    """The sources of `standard_library_files`."""
+    return [path.read_text(encoding="utf-8", errors="replace") for path in standard_library_files(held_out)]
 
 
 def excerpt(sources: list[str], rng: random.Random, num_characters: int) -> str:

@@ -32,6 +32,7 @@ class Objective:
     retention_weight: float = 1.0
     kl_direction: str = "forward"
     neuron_zeroing_steps: int = 0
+    accumulate: int = 1
     seed: int = 0
     attention: str = "auto"
     chunk_tokens: int = 1024
@@ -45,7 +46,6 @@ class Optimizer:
     adapter_lr: float = 3e-5
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
-    clip: float = 1.0
     warmup_steps: int = 0
 
 
@@ -98,13 +98,20 @@ class RetrofitModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- one step ------------------------------------------------------------------------------------------------------
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        step = self.global_step
+    def training_step(self, number: Tensor, batch_idx: int) -> Tensor:
+        micro_batch = batch_idx % self.objective.accumulate
+        data = self.trainer.datamodule
+        batch = data.batch(self.global_step, micro_batch, self.global_rank, self.trainer.world_size)
+        batch = {key: value.to(self.device) for key, value in batch.items()}
+        return self.loss(batch, self.global_step, micro_batch)
+
+    def loss(self, batch: dict[str, Tensor], step: int, micro_batch: int = 0) -> Tensor:
+        """Distillation plus retention loss of one packed batch; what was measured on the way is left in `last`."""
         cr = eviction.cr_at(step, self.objective.cr, self.objective.steps, self.objective.ramp)
         document = batch["document"]
         real = document >= 0
         relaxation = Relaxation(
-            noise_key=(self.objective.seed, step, batch_idx, self.global_rank),
+            noise_key=(self.objective.seed, step, micro_batch, self.global_rank),
             neuron_keep=self._neuron_keep(step),
             backend=self.objective.attention,
         )

@@ -1,0 +1,1 @@
+"""Retrofit training with Lightning: wiring only."""

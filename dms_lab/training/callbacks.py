@@ -1,0 +1,141 @@
+"""What happens beside the steps: metrics to a file, a checkpoint a family member, a clean stop, a progress bar."""
+
+import json
+import logging
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dms_lab import eviction
+from dms_lab.checkpoint import save_checkpoint
+from dms_lab.config import TrainConfig
+from dms_lab.training.module import RetrofitModule
+
+_log = logging.getLogger(__name__)
+LAST = "last.ckpt"
+
+
+class JsonlMetrics(L.Callback):
+    """Appends one JSON object to `metrics.jsonl` every `every` steps, with the evicted share of each layer and head."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path, self.every = folder / "metrics.jsonl", every
+        self._tokens, self._since = 0, time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
+        self._tokens += int(module.last["tokens"])
+        if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
+            return
+        seconds = time.monotonic() - self._since
+        row = {"step": trainer.global_step}
+        row |= {key: round(float(value), 6) for key, value in module.last.items() if key != "tokens"}
+        row |= {
+            "retained_per_head": [[round(1 - v, 4) for v in layer] for layer in module.last_evicted.tolist()],
+            "tokens_per_second": round(self._tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._tokens, self._since = 0, time.monotonic()
+
+
+def peak_memory_bytes() -> int:
+    """Peak of the GPU's allocator where there is one, else of the process's resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class FamilyCheckpoints(L.Callback):
+    """Keeps a checkpoint each time the schedule passes a member of the CR family, the last at the end of the run."""
+
+    def __init__(self, folder: Path, config: TrainConfig, base_fingerprint: str, provenance: dict[str, Any]) -> None:
+        self.folder, self.config = folder, config
+        self.base_fingerprint, self.provenance = base_fingerprint, provenance
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
+        config, step = self.config, trainer.global_step
+        before = eviction.cr_at(step - 1, config.cr, config.steps, config.ramp)
+        now = eviction.cr_at(step, config.cr, config.steps, config.ramp)
+        for cr in config.cr_family:
+            if (before < cr <= now and cr < config.cr) or (cr == config.cr and step == config.steps):
+                self._save(module, cr, step)
+
+    def _save(self, module: RetrofitModule, cr: float, step: int) -> None:
+        save_checkpoint(
+            self.folder / f"cr{cr:g}",
+            module.handle,
+            self.config.trained,
+            self.config.model.path,
+            self.base_fingerprint,
+            self.provenance | {"cr": cr, "step": step},
+        )
+
+
+class GracefulStop(L.Callback):
+    """On SIGINT or SIGTERM: finishes the step, writes `last.ckpt`, ends the run. Also writes it every `every` steps."""
+
+    def __init__(self, folder: Path, every: int = 50) -> None:
+        self.path, self.every = folder / LAST, every
+        self.stopped_by: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.stopped_by = signal.Signals(number).name
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.stopped_by or trainer.global_step % self.every == 0:
+            self.save(trainer)
+        if self.stopped_by:
+            trainer.should_stop = True
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes `last.ckpt` under a temporary name and renames it."""
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        temporary.replace(self.path)
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class ProgressBar(L.Callback):
+    """A bar with target CR, evicted share, KL and the time left."""
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]retrofit"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}  CR {task.fields[cr]:.2f}  evicted {task.fields[evicted]:.2f}"),
+            TextColumn("KL {task.fields[kl]:.4f}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar.start()
+        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, cr=1, evicted=0, kl=0)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
+        last = module.last
+        self._bar.update(
+            self._task,
+            completed=trainer.global_step,
+            cr=float(last["target_cr"]),
+            evicted=float(last["evicted_soft"]),
+            kl=float(last["kl"]),
+        )
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self._bar.stop()

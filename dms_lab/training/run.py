@@ -1,0 +1,121 @@
+"""One retrofit from a configuration: build, fit, keep checkpoints. Used by `train`, `demo` and tests alike."""
+
+import copy
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from dms_lab import models
+from dms_lab.checkpoint import fingerprint
+from dms_lab.config import TrainConfig, config_hash, run_folder
+from dms_lab.policies.dms import DmsConfig
+from dms_lab.retrofit import retrofit
+from dms_lab.training.callbacks import LAST, FamilyCheckpoints, GracefulStop, JsonlMetrics, ProgressBar
+from dms_lab.training.data import RetrofitData
+from dms_lab.training.module import Objective, Optimizer, RetrofitModule
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind. `finished` is False when a signal ended it early; the same command goes on from there."""
+
+    folder: Path
+    finished: bool
+    stopped_by: str | None = None
+
+    def checkpoint(self, cr: float) -> Path:
+        """The checkpoint folder of a member of the CR family."""
+        return self.folder / "checkpoints" / f"cr{cr:g}"
+
+
+def policy_config(config: TrainConfig) -> DmsConfig:
+    """The policy of a run. A fine-tuned window of CR c keeps context / c tokens: its sinks and the rest as window."""
+    if config.method == "streaming_llm":
+        budget = round(config.context / config.cr)
+        return DmsConfig(window=budget - config.num_sinks, predictor="sinks", num_sinks=config.num_sinks, tau=config.tau)
+    return DmsConfig(
+        window=config.window,
+        predictor=config.predictor,
+        granularity=config.granularity,
+        decided_by=config.decided_by,
+        scale=config.scale,
+        offset=config.offset,
+        neuron_index=config.neuron_index,
+        tau=config.tau,
+    )
+
+
+def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
+    """The training module over a freshly loaded base model, and the fingerprint of its weights."""
+    model = models.load_base(config.model)
+    base = fingerprint(model)
+    teacher = copy.deepcopy(model) if config.trained != "adapter" else None
+    handle = retrofit(model, policy_config(config))
+    if config.model.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    objective = Objective(
+        cr=config.cr,
+        steps=config.steps,
+        ramp=config.ramp,
+        count=config.count,
+        retention_weight=config.retention_weight,
+        kl_direction=config.kl_direction,
+        neuron_zeroing_steps=config.neuron_zeroing_steps,
+        accumulate=config.accumulate,
+        seed=config.seed,
+        attention=config.attention,
+    )
+    optimizer = Optimizer(config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps)
+    return RetrofitModule(handle, teacher, config.trained, objective, optimizer), base
+
+
+def train(config: TrainConfig, progress: bool = True) -> Outcome:
+    """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once."""
+    folder = Path(run_folder(config))
+    done = folder / "done.json"
+    if config.resume and done.is_file():
+        _log.info("%s is finished already", folder)
+        return Outcome(folder, True)
+    L.seed_everything(config.seed, verbose=False)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    module, base = build_module(config)
+    data = RetrofitData(config, models.load_tokenizer(config.model))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
+    provenance = {"config_hash": config_hash(config), "seed": config.seed, "steps": config.steps, "method": config.method}
+    stop = GracefulStop(folder)
+    callbacks = [
+        JsonlMetrics(folder, config.log_every),
+        FamilyCheckpoints(folder / "checkpoints", config, base, provenance),
+        stop,
+        *([ProgressBar()] if progress else []),
+    ]
+    trainer = L.Trainer(
+        max_steps=config.steps,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=config.clip,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        devices=1,
+        use_distributed_sampler=False,
+    )
+    last = folder / LAST
+    if not config.resume:
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if config.resume and last.is_file() else None)
+    if stop.stopped_by and trainer.global_step < config.steps:
+        return Outcome(folder, False, stop.stopped_by)
+    done.write_text(json.dumps(provenance) + "\n")
+    last.unlink(missing_ok=True)
+    return Outcome(folder, True)
