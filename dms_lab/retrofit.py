@@ -206,6 +206,20 @@ def num_kv_heads(attention: nn.Module) -> int:
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
+def output_head(model: PreTrainedModel):
+    """The function from hidden states to logits, with the soft-cap or scale that some families apply to logits."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+
+    def logits(hidden: Tensor) -> Tensor:
+        out = head(hidden) / divisor if divisor != 1.0 else head(hidden)
+        return cap * torch.tanh(out / cap) if cap else out
+
+    return logits
+
+
 def _decoder_layers(base: nn.Module) -> list[nn.Module]:
     layers = getattr(base, "layers", None)
     if layers is None:

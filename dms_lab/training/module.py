@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from dms_lab import distillation, eviction
 from dms_lab.checkpoint import trained_parameters
-from dms_lab.retrofit import PREDICTOR, Relaxation, Retrofit, retrofit
+from dms_lab.retrofit import PREDICTOR, Relaxation, Retrofit, output_head, retrofit
 
 
 @dataclass(frozen=True)
@@ -170,17 +170,3 @@ def _mean_over_real(probability: Tensor, real: Tensor) -> Tensor:
     """Mean over real tokens of [B, K, T], per head."""
     weight = real[:, None].to(probability.dtype)
     return (probability * weight).sum((0, 2)) / weight.sum()
-
-
-def output_head(model: PreTrainedModel):
-    """The function from hidden states to logits, with the soft-cap or scale that some families apply to logits."""
-    config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    cap = getattr(config, "final_logit_softcapping", None)
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-
-    def logits(hidden: Tensor) -> Tensor:
-        out = head(hidden) / divisor if divisor != 1.0 else head(hidden)
-        return cap * torch.tanh(out / cap) if cap else out
-
-    return logits

@@ -1,0 +1,73 @@
+"""The demo: retrofit the embedded model, train its controls with the same budget, compare them all.
+
+    dms (window 16)  dms_immediate (window 1)  streaming_llm_tuned (a fixed window)   each: same loss, steps, weights
+    -> one evaluation with full attention and the untrained rivals at the measured budgets -> table and figures
+
+A second call finds the finished runs and only repeats what is missing.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from dms_lab.train import CONFIG_PATH
+
+CONTROLS = {
+    "streaming_llm_tuned": {"method": "streaming_llm"},
+    "dms_immediate": {"window": 1},
+}
+
+
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="demo")
+def main(cfg: DictConfig) -> None:
+    """Runs the demo in `out`."""
+    from dms_lab.config import resolve
+
+    values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    controls = values.pop("controls")
+    try:
+        unknown = sorted(set(controls) - set(CONTROLS))
+        if unknown:
+            raise ValueError(f"controls: {unknown[0]!r} is not known; choose from {', '.join(CONTROLS)}")
+        run(resolve(values), {name: CONTROLS[name] for name in controls})
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def run(config, controls: dict[str, dict]) -> None:
+    """Trains `config` and its controls in folders below `config.out`, then evaluates, unless that was done before."""
+    from dms_lab import plots, results
+    from dms_lab.config import config_hash
+    from dms_lab.evaluation.report import evaluate_run
+    from dms_lab.training.run import train
+
+    root = Path(config.out) / config_hash(config)
+    others: dict[tuple[str, float], Path] = {}
+    for name, changes in ({"dms": {}} | controls).items():
+        print(f"training {name}")
+        outcome = train(dataclasses.replace(config, out=str(root / name), **changes))
+        if not outcome.finished:
+            print(f"stopped by {outcome.stopped_by}; the same command goes on from {outcome.folder}")
+            sys.exit(130)
+        if name != "dms":
+            # A fixed window is trained for one budget, that of the full CR; it is no member of a family.
+            members = (config.cr,) if name == "streaming_llm_tuned" else config.cr_family
+            others |= {(name, cr): outcome.checkpoint(cr) for cr in members}
+    folder = root / "dms"
+    if (folder / "evaluated").is_file():
+        from rich.console import Console
+
+        frame = results.load(folder / results.RESULTS)
+        Console().print(plots.summary_table(frame))
+        print(f"figures: {folder / 'pareto.png'} and pareto.html (evaluated before; remove {root} to start afresh)")
+        return
+    (folder / results.RESULTS).unlink(missing_ok=True)
+    evaluate_run(config, folder, others)
+    (folder / "evaluated").touch()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Evaluation with hard decisions: generated tasks and held-out perplexity, for every policy with the same accounting."""

@@ -1,0 +1,144 @@
+"""Generation and perplexity under hard decisions, through the masked cache.
+
+    problems -> greedy generation under a policy -> answers checked -> Result per (method, task)
+    held-out text -> one forward under the visibility rule ----------> perplexity
+"""
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dms_lab import accounting, pareto
+from dms_lab.cache.masked import MaskedCache
+from dms_lab.cache.policy import Policy
+from dms_lab.distillation import lm_loss
+from dms_lab.generation import Generated, generate_greedy
+from dms_lab.results import Result
+from dms_lab.retrofit import Retrofit, output_head
+from dms_lab.tiny import corpus, tasks
+from dms_lab.tiny.corpus import Document
+from dms_lab.tiny.tokenizer import END_THINK
+
+
+@dataclass(frozen=True)
+class Label:
+    """What stands in every result of one method: who, with which budget."""
+
+    run_id: str
+    model: str
+    method: str
+    target_cr: float
+    window: int | None
+    seed: int
+    config_hash: str
+
+
+def make_problems(family: str, count: int, length: int, seed: int) -> list[tasks.Problem]:
+    """Held-out problems of a family: drawn apart from all training batches."""
+    rng = random.Random(f"evaluation {seed} {family} {length}")
+    return [tasks.make_problem(family, rng, length) for _ in range(count)]
+
+
+def is_right(generated: Generated, problem: tasks.Problem, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether what stands after the thought is the answer; a chain cut off before its end is wrong."""
+    text = tokenizer.decode(generated.ids, skip_special_tokens=False)
+    _, closed, answer = text.partition(END_THINK)
+    return bool(closed) and generated.finish_reason == "eos" and answer.removesuffix("<|im_end|>") == problem.answer
+
+
+def evaluate_tasks(
+    handle: Retrofit,
+    make_policy: Callable[[], Policy],
+    tokenizer: PreTrainedTokenizerBase,
+    problems: dict[str, list[tasks.Problem]],
+    label: Label,
+    batch_size: int = 32,
+) -> tuple[list[Result], float]:
+    """One result a family, and the mean live tokens at the end of a request (the budget that rivals get)."""
+    results, live = [], []
+    for family, found in problems.items():
+        started = time.monotonic()
+        generated = generate_greedy(
+            handle.model,
+            make_policy,
+            [corpus.encode_prompt(p, tokenizer) for p in found],
+            max_new_tokens=96,
+            end_id=tokenizer.eos_token_id,
+            batch_size=batch_size,
+        )
+        right = sum(is_right(g, p, tokenizer) for g, p in zip(generated, found, strict=True))
+        usage = accounting.usage(
+            [
+                accounting.Request(g.kv_reads, g.peak_tokens, g.live_tokens, g.num_tokens, len(g.ids))
+                for g in generated
+            ],
+            bytes_per_token(handle),
+        )
+        live.append(usage.live_tokens)
+        low, high = pareto.wilson_interval(right, len(found))
+        results.append(
+            Result(
+                **vars(label),
+                task=family,
+                measured_cr=usage.measured_cr,
+                num_problems=len(found),
+                accuracy=right / len(found),
+                accuracy_low=low,
+                accuracy_high=high,
+                perplexity=None,
+                kv_reads=usage.kv_reads,
+                peak_tokens=usage.peak_tokens,
+                kv_bytes_peak=usage.kv_bytes_peak,
+                tokens_generated=usage.tokens_generated,
+                seconds=time.monotonic() - started,
+            )
+        )
+    return results, sum(live) / len(live)
+
+
+def bytes_per_token(handle: Retrofit) -> int:
+    """Bytes of keys and values of one token over all layers and KV heads."""
+    config = handle.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    element = next(handle.model.parameters()).element_size()
+    return accounting.slot_bytes(config.num_hidden_layers, config.num_key_value_heads, width, element)
+
+
+@torch.inference_mode()
+def evaluate_perplexity(
+    handle: Retrofit, make_policy: Callable[[], Policy], documents: Sequence[Document], label: Label, task: str
+) -> Result:
+    """Perplexity of held-out documents with evictions active, one forward a document through an empty cache."""
+    started = time.monotonic()
+    device = next(handle.model.parameters()).device
+    head = output_head(handle.model)
+    total, count, num_tokens, live = 0.0, 0, 0, 0.0
+    for document in documents:
+        ids = torch.tensor([document.ids], device=device)
+        cache = MaskedCache(make_policy())
+        hidden = handle.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
+        total += float(lm_loss(hidden[0, :-1], ids[0, 1:], head)) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+        num_tokens += ids.shape[1]
+        live += float(cache.live_slots().float().mean())
+    return Result(
+        **vars(label),
+        task=task,
+        measured_cr=num_tokens / max(live, 1e-9),
+        num_problems=len(documents),
+        accuracy=None,
+        accuracy_low=None,
+        accuracy_high=None,
+        perplexity=math.exp(total / count),
+        kv_reads=None,
+        peak_tokens=None,
+        kv_bytes_peak=None,
+        tokens_generated=0,
+        seconds=time.monotonic() - started,
+    )
+

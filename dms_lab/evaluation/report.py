@@ -1,0 +1,59 @@
+"""Evaluates a run's checkpoints, appends the results, and shows them: table, `pareto.png`, `pareto.html`."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from dms_lab import models, plots, results
+from dms_lab.config import TrainConfig, config_hash, resolve
+from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
+from dms_lab.training.data import RetrofitData, held_out_documents
+
+
+def method_name(config: TrainConfig) -> str:
+    """The name of a trained method in results and figures."""
+    if config.method == "streaming_llm":
+        return "streaming_llm_tuned"
+    return "dms_immediate" if config.window == 1 else "dms"
+
+
+def load_config(folder: Path) -> TrainConfig:
+    """The configuration that a run left in its folder; raises `ValueError` if there is none."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no config.json in {folder}: give the folder of a run of dms_lab.train")
+    values = json.loads(path.read_text())
+    return resolve(values | {"steps_per_cr": 1})
+
+
+def evaluate_run(config: TrainConfig, folder: Path, others: dict[tuple[str, float], Path] | None = None) -> None:
+    """Evaluates the family in `folder` (and `others`), appends to `results.jsonl`, prints the table, draws figures."""
+    name = method_name(config)
+    subject = Subject(
+        model=config.model,
+        checkpoints=checkpoints_of(folder, name) | (others or {}),
+        run_id=folder.name,
+        seed=config.seed,
+        config_hash=config_hash(config),
+    )
+    data = RetrofitData(config, models.load_tokenizer(config.model))
+    held_out = held_out_documents(config, data, config.eval.held_out_tokens)
+    rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
+    console = Console()
+    path = folder / results.RESULTS
+    knows_tasks = config.data.kind == "tiny"
+    found: list[results.Result] = []
+    with console.status("evaluating") as status:
+        for part in evaluate(subject, config.eval, held_out, knows_tasks, rivals_at):
+            results.append(path, part)
+            found += part
+            status.update(f"evaluated {part[0].method} at CR {part[0].target_cr:g}")
+    import pandas as pd
+
+    frame = pd.DataFrame([vars(result) for result in found])
+    console.print(plots.summary_table(frame))
+    if frame["accuracy"].notna().any():
+        for figure in plots.pareto_figures(frame, folder):
+            console.print(f"figure: {figure}")
+    console.print(f"results: {path}")

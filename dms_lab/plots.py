@@ -1,0 +1,138 @@
+"""Figures and the table of a comparison: accuracy against what the cache costs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+# One colour, marker and name a method, everywhere; the markers tell them apart in grey.
+STYLE = {
+    "full": ("#000000", "s", "square", "full attention"),
+    "dms": ("#0072b2", "o", "circle", "DMS"),
+    "dms_immediate": ("#56b4e9", "v", "triangle-down", "DMS, immediate eviction"),
+    "streaming_llm_tuned": ("#d55e00", "D", "diamond", "window, fine-tuned"),
+    "streaming_llm": ("#e69f00", "^", "triangle-up", "StreamingLLM"),
+    "tova": ("#009e73", "P", "cross", "TOVA"),
+    "h2o": ("#cc79a7", "X", "x", "H2O"),
+    "random": ("#999999", "*", "star", "random"),
+}
+BUDGETS = {"kv_reads": "KV reads per request (tokens)", "peak_tokens": "peak live tokens per request"}
+
+
+def mean_over_tasks(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per (method, target CR, seed): means over the tasks with an accuracy, and over their intervals' ends."""
+    with_answers = frame[frame["accuracy"].notna()]
+    columns = ["accuracy", "accuracy_low", "accuracy_high", "measured_cr", "kv_reads", "peak_tokens"]
+    return with_answers.groupby(["method", "target_cr"], as_index=False)[columns].mean()
+
+
+def summary_table(frame: "pd.DataFrame") -> "Table":
+    """The comparison as a table for the terminal: accuracy per task in percent, and the cost."""
+    from rich.table import Table
+
+    tasks = [t for t in frame["task"].unique() if frame[frame["task"] == t]["accuracy"].notna().any()]
+    texts = [t for t in frame["task"].unique() if frame[frame["task"] == t]["perplexity"].notna().any()]
+    table = Table(title="Exact match in percent; 95 % interval in brackets")
+    for name in ("method", "CR", "measured", *tasks, "mean", *(f"{t} ppl" for t in texts), "KV reads", "peak"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    order = {name: place for place, name in enumerate(STYLE)}
+    groups = sorted(frame.groupby(["method", "target_cr"]), key=lambda g: (g[0][1], order.get(g[0][0], 99)))
+    for (method, cr), rows in groups:
+        by_task = {task: part for task, part in rows.groupby("task")}
+        cells = [_percent(by_task.get(task)) for task in tasks]
+        answered = rows[rows["accuracy"].notna()]
+        ppl = [f"{by_task[t]['perplexity'].mean():.2f}" if t in by_task else "" for t in texts]
+        measured = (answered if len(answered) else rows)["measured_cr"].mean()
+        cost = [f"{answered[c].mean():.0f}" if len(answered) else "" for c in BUDGETS]
+        mean = f"{100 * answered['accuracy'].mean():.1f}" if len(answered) else ""
+        name = STYLE.get(method, ("", "", "", method))[3]
+        table.add_row(name, f"{cr:g}", f"{measured:.2f}", *cells, mean, *ppl, *cost)
+    return table
+
+
+def _percent(rows: "pd.DataFrame | None") -> str:
+    if rows is None:
+        return ""
+    low, high = rows["accuracy_low"].mean(), rows["accuracy_high"].mean()
+    return f"{100 * rows['accuracy'].mean():.1f} [{100 * low:.0f}-{100 * high:.0f}]"
+
+
+def pareto_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:
+    """Writes `pareto.png` and the self-contained `pareto.html`; returns their paths. Needs at least one accuracy."""
+    points = mean_over_tasks(frame)
+    if points.empty:
+        raise ValueError("there is no accuracy to draw; only perplexities were measured")
+    return [_png(points, folder / "pareto.png"), _html(points, folder / "pareto.html")]
+
+
+def _png(points: "pd.DataFrame", path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for panel, (budget, title) in zip(panels, BUDGETS.items(), strict=True):
+        for method, (colour, marker, _, name) in STYLE.items():
+            rows = points[points["method"] == method].sort_values(budget)
+            if rows.empty:
+                continue
+            error = [rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]]
+            panel.errorbar(
+                rows[budget],
+                100 * rows["accuracy"],
+                yerr=[100 * e for e in error],
+                color=colour,
+                marker=marker,
+                capsize=2,
+                linewidth=1.2,
+                label=name,
+            )
+        full = points[points["method"] == "full"]["accuracy"]
+        if len(full):
+            panel.axhline(100 * full.mean(), color="black", linewidth=0.6, linestyle=":")
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(title)
+    panels[0].set_ylabel("exact match, mean over tasks (%)")
+    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def _html(points: "pd.DataFrame", path: Path) -> Path:
+    from plotly import graph_objects as go
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=list(BUDGETS.values()))
+    for column, budget in enumerate(BUDGETS, 1):
+        for method, (colour, _, symbol, name) in STYLE.items():
+            rows = points[points["method"] == method].sort_values(budget)
+            if rows.empty:
+                continue
+            figure.add_trace(
+                go.Scatter(
+                    x=rows[budget],
+                    y=100 * rows["accuracy"],
+                    error_y={
+                        "array": 100 * (rows["accuracy_high"] - rows["accuracy"]),
+                        "arrayminus": 100 * (rows["accuracy"] - rows["accuracy_low"]),
+                    },
+                    customdata=rows[["target_cr", "measured_cr"]],
+                    hovertemplate="%{y:.1f} % at %{x:.0f}, CR %{customdata[0]} (measured %{customdata[1]:.2f})",
+                    name=name,
+                    legendgroup=method,
+                    showlegend=column == 1,
+                    mode="lines+markers",
+                    marker={"symbol": symbol, "color": colour, "size": 9},
+                    line={"color": colour},
+                ),
+                row=1,
+                col=column,
+            )
+        figure.update_xaxes(type="log", row=1, col=column)
+    figure.update_yaxes(title_text="exact match, mean over tasks (%)", row=1, col=1)
+    figure.write_html(path, include_plotlyjs=True)
+    return path

@@ -1,0 +1,98 @@
+"""Results as lines of JSON: one object per (method, task, budget), appended whole, read back strictly."""
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SCHEMA_VERSION = 1
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured point. Accuracy in [0, 1] with a 95 % interval; costs as in `accounting`; None where not measured."""
+
+    run_id: str
+    model: str
+    method: str
+    task: str
+    target_cr: float
+    measured_cr: float
+    window: int | None
+    seed: int
+    num_problems: int
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+    perplexity: float | None
+    kv_reads: float | None
+    peak_tokens: float | None
+    kv_bytes_peak: float | None
+    tokens_generated: int
+    seconds: float
+    config_hash: str
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    git_revision: str = field(default_factory=lambda: git_revision())
+    schema_version: int = SCHEMA_VERSION
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a result."""
+    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def git_revision() -> str:
+    """The commit of the source tree, `+` appended if it is changed; `unknown` outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def append(path: Path, results: list[Result]) -> None:
+    """Appends whole lines to `path` and waits until the disk has them."""
+    text = "".join(json.dumps(asdict(result)) + "\n" for result in results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load(place: Path) -> "pd.DataFrame":
+    """All results below a folder, or of one file, as a frame; raises `ValueError` with file and line for a bad one."""
+    import pandas as pd
+
+    place = Path(place)
+    files = sorted(place.rglob(RESULTS)) if place.is_dir() else [place]
+    rows = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            rows.append(_parse(line, f"{file}:{number}"))
+    if not rows:
+        raise ValueError(f"no results in {place}: run an evaluation first, or name a folder with a {RESULTS} in it")
+    return pd.DataFrame(rows)
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not a JSON object ({error.msg}); remove the line to go on without it") from error
+    found = row.get("schema_version") if isinstance(row, dict) else None
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"{where} has schema version {found!r}; this version of dms_lab reads {SCHEMA_VERSION}")
+    return row
