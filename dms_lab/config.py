@@ -140,6 +140,8 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     if not isinstance(values.get("cr"), (int, float)) or values["cr"] < 1:
         raise ValueError(f"cr={values.get('cr')} is not a compression ratio; it is full / kept, so use 1 or more, e.g. 8")
     values["cr"] = float(values["cr"])
+    if not 0 < values["ramp"] <= 1:
+        raise ValueError(f"ramp={values['ramp']} is the share of steps over which cr rises; use above 0, at most 1")
     for name in ("window", "lr", "adapter_lr", "batch_size", "context"):
         if values.get(name) is None:
             values[name] = getattr(model, name)
@@ -180,8 +182,6 @@ def validate(config: TrainConfig) -> None:
         raise ValueError("predictor=neuron has no parameters of its own; add trained=all")
     if config.data.kind in ("text", "jsonl") and not config.data.path:
         raise ValueError(f"data={config.data.kind} needs data.path=<file, folder or glob>")
-    if not 0 < config.ramp <= 1:
-        raise ValueError(f"ramp={config.ramp} is the share of steps over which cr rises; use a value above 0, at most 1")
 
 
 def config_hash(config: TrainConfig) -> str:

@@ -27,9 +27,10 @@ class JsonlMetrics(L.Callback):
         self.path, self.every = folder / "metrics.jsonl", every
         self._tokens, self._since = 0, time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
         self._tokens += int(module.last["tokens"])
-        if trainer.global_step % self.every and trainer.global_step != trainer.max_steps:
+        is_due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
+        if not (is_due and ends_a_step(trainer, index)):
             return
         seconds = time.monotonic() - self._since
         row = {"step": trainer.global_step}
@@ -42,6 +43,11 @@ class JsonlMetrics(L.Callback):
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         self._tokens, self._since = 0, time.monotonic()
+
+
+def ends_a_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer stepped after this micro-batch; between two of them there is nothing to save or stop at."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def peak_memory_bytes() -> int:
@@ -60,7 +66,9 @@ class FamilyCheckpoints(L.Callback):
         self.folder, self.config = folder, config
         self.base_fingerprint, self.provenance = base_fingerprint, provenance
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
+        if not ends_a_step(trainer, index):
+            return
         config, step = self.config, trainer.global_step
         before = eviction.cr_at(step - 1, config.cr, config.steps, config.ramp)
         now = eviction.cr_at(step, config.cr, config.steps, config.ramp)
@@ -87,14 +95,18 @@ class GracefulStop(L.Callback):
         self.stopped_by: str | None = None
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # after Lightning's own handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         self.stopped_by = signal.Signals(number).name
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int
+    ) -> None:
+        if not ends_a_step(trainer, index):
+            return
         if self.stopped_by or trainer.global_step % self.every == 0:
             self.save(trainer)
         if self.stopped_by:

@@ -1,0 +1,37 @@
+# `make` alone prints what there is.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+ARGS ?=
+THREADS ?= 2
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.PHONY: help setup demo test test-all check clean
+
+help:  ## print this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## build .venv with the tested versions of everything
+
+$(STAMP): pyproject.toml conf/constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c conf/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[eval,slurm,dev]" -c conf/constraints.txt
+	touch $(STAMP)
+
+demo: $(STAMP)  ## retrofit the embedded model, compare it with its rivals: a table and a figure
+	$(BIN)/python -m dms_lab.demo $(ARGS)
+
+test: $(STAMP)  ## run the fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP)  ## run every test, the slow ones too
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## lint and formatting
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+clean:  ## remove what the targets made, the environment included
+	rm -rf .venv runs outputs .pytest_cache .ruff_cache .hypothesis dist
