@@ -26,7 +26,7 @@ class Recipe:
     """Everything that decides the weights. Rates are per step, sizes in tokens."""
 
     seed: int = 0
-    num_tokens: int = 24_000_000
+    num_tokens: int = 20_000_000
     batch_tokens: int = 3072
     muon_lr: float = 0.01
     adam_lr: float = 2e-3

@@ -1,0 +1,91 @@
+"""Who decides, who is seen, how much must go: checked against slow statements of the same."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_lab import eviction
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 12), st.randoms(use_true_random=False), st.booleans())
+def test_visible_is_the_one_line_of_the_definition(num_tokens, window, rng, with_documents):
+    evict = torch.tensor([[[rng.random() < 0.5 for _ in range(num_tokens)] for _ in range(2)]])
+    document = torch.tensor([sorted(rng.choice((-1, 0, 1)) for _ in range(num_tokens))]) if with_documents else None
+    seen = eviction.visible(evict, window, key_document=document)
+    for k in range(2):
+        for i in range(num_tokens):
+            for j in range(num_tokens):
+                expected = j <= i and (not evict[0, k, j] or i - j < window)
+                if document is not None:
+                    expected = expected and document[0, i] == document[0, j] and document[0, j] >= 0
+                assert seen[0, k, i, j] == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(eviction.DECIDED_BY), st.integers(1, 9), st.integers(1, 12), st.randoms(use_true_random=False)
+)
+def test_govern_takes_the_value_from_the_deciding_token(decided_by, num_tokens, window, rng):
+    x = torch.arange(num_tokens, dtype=torch.float)[None, None].repeat(1, 2, 1)
+    document = torch.tensor([sorted((rng.choice((-1, 0, 1)) for _ in range(num_tokens)), reverse=True)])
+    shift = {"self": 0, "next": 1, "delayed": window}[decided_by]
+    got = eviction.govern(x, decided_by, window, document, fill=-1.0)
+    free = eviction.govern(x, decided_by, window, None, fill=-1.0)
+    for j in range(num_tokens):
+        decider = j + shift
+        inside = decider < num_tokens
+        assert free[0, 0, j] == (decider if inside else -1)
+        same = inside and document[0, decider] == document[0, j] and document[0, j] >= 0
+        assert got[0, 1, j] == (decider if same else -1)
+
+
+def test_the_drawing_in_the_docstring_is_true():
+    evict = torch.tensor([[[False, True, False, False, False]]])
+    rows = eviction.visible(evict, 3)[0, 0].int().tolist()
+    assert rows[3] == [1, 1, 1, 1, 0]
+    assert rows[4] == [1, 0, 1, 1, 1]
+
+
+def test_immediate_eviction_leaves_a_token_to_itself_alone():
+    seen = eviction.visible(torch.ones(1, 1, 4, dtype=torch.bool), 1)[0, 0]
+    assert torch.equal(seen, torch.eye(4, dtype=torch.bool))
+
+
+def test_noise_is_logistic_and_follows_its_key():
+    draw = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3, 4))
+    assert abs(draw.mean()) < 0.02
+    assert draw.std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.01)
+    again = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3, 4))
+    assert torch.equal(draw, again)
+    keys = [(1, 1, 2, 3, 4), (0, 2, 2, 3, 4), (0, 1, 0, 3, 4), (0, 1, 2, 0, 4), (0, 1, 2, 3, 0)]
+    assert not any(torch.equal(draw[:9], eviction.logistic_noise((9,), eviction.noise_generator(*k))) for k in keys)
+
+
+def test_cr_rises_linearly_and_stays():
+    assert eviction.cr_at(0, 8, 100) == 1
+    assert eviction.cr_at(40, 8, 100) == pytest.approx(4.5)
+    assert eviction.cr_at(80, 8, 100) == eviction.cr_at(100, 8, 100) == 8
+
+
+def test_a_live_target_gives_the_asked_ratio_at_the_training_length():
+    tokens, window, cr = 512, 16, 8
+    share = eviction.evict_target(cr, tokens, tokens - window, "live")
+    live = window + (1 - share) * (tokens - window)
+    assert tokens / live == pytest.approx(cr)
+    assert eviction.evict_target(cr, tokens, tokens - window, "decisions") == 1 - 1 / cr
+    eviction.check_reachable(8, 512, 16)
+    with pytest.raises(ValueError, match=r"needs T > cr \* window"):
+        eviction.check_reachable(8, 128, 16)
+
+
+def test_padding_never_counts_in_the_retention_loss():
+    real = torch.tensor([[True, True, False]])
+    one = [torch.tensor([[[0.2, 0.4, 0.9]]]), torch.tensor([[[0.0, 0.2, 1.0]]])]
+    two = [torch.tensor([[[0.2, 0.4, 0.0]]]), torch.tensor([[[0.0, 0.2, 0.0]]])]
+    assert eviction.retention_loss(one, real, 0.5) == eviction.retention_loss(two, real, 0.5)
+    assert eviction.retention_loss(one, real, 0.5).item() == pytest.approx(0.3)
+    assert eviction.retention_loss(one, real, 0.1) == 0

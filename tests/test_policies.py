@@ -1,0 +1,110 @@
+"""Each rule against an independent few-line statement of it, on random scores."""
+
+import pytest
+import torch
+
+from dms_lab.attention import reference
+from dms_lab.cache.policy import LayerState, Scores
+from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
+
+H, K, T, D = 4, 2, 15, 8
+
+
+@pytest.fixture
+def qkv():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(1, H, T, D, generator=g), *(torch.randn(1, K, T, D, generator=g) for _ in range(2))
+
+
+def attend(policy, q, k, v, pieces=(T,)):
+    """Output and live counts when the tokens arrive in pieces."""
+    state, outputs, counts, stop = LayerState(), [], [], 0
+    for size in pieces:
+        start, stop = stop, stop + size
+        out, live = policy.attend(state, q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], Scores(0.4))
+        outputs.append(out)
+        counts.append(live)
+    return torch.cat(outputs, 2), torch.cat(counts, 2)
+
+
+def walk(qkv, choose):
+    """Output of a rule stated as: which of the kept tokens (per KV head) goes, given the weights of the newest query."""
+    q, k, v = qkv
+    kept = [[] for _ in range(K)]
+    output = torch.zeros(1, H, T, D)
+    for i in range(T):
+        weights = torch.zeros(H, T)
+        for h in range(H):
+            head = kept[h // 2]
+            if h % 2 == 0:
+                head.append(i)
+            w = torch.softmax(torch.stack([q[0, h, i] @ k[0, h // 2, j] * 0.4 for j in head]), 0)
+            weights[h, head] = w
+            output[0, h, i] = w @ v[0, h // 2, head]
+        choose(kept, weights, i)
+    return output
+
+
+def test_tova_drops_what_the_newest_query_of_the_layer_attends_to_least(qkv):
+    def choose(kept, weights, i):
+        if len(kept[0]) == 5:
+            lowest = min(kept[0], key=lambda j: weights[:, j].sum().item())
+            for head in kept:
+                head.remove(lowest)
+
+    torch.testing.assert_close(attend(TovaPolicy(5), *qkv)[0], walk(qkv, choose))
+
+
+def test_h2o_drops_the_lightest_hitter_outside_the_recent_half(qkv):
+    totals = torch.zeros(K, T)
+
+    def choose(kept, weights, i):
+        for head in range(K):
+            totals[head] += weights[2 * head : 2 * head + 2].sum(0)
+            if len(kept[head]) == 6:
+                old = [j for j in kept[head] if j <= i - 3]
+                kept[head].remove(min(old, key=lambda j: totals[head, j].item()))
+
+    torch.testing.assert_close(attend(H2OPolicy(6), *qkv)[0], walk(qkv, choose))
+
+
+def test_streaming_llm_keeps_sinks_and_the_last_tokens(qkv):
+    q, k, v = qkv
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    seen = (j <= i) & ((j < 2) | (i - j < 5))
+    expected, _ = reference.attend(q, k, v, seen.expand(1, K, T, T), 0.4)
+    torch.testing.assert_close(attend(StreamingLLMPolicy(7, num_sinks=2), q, k, v)[0], expected)
+
+
+@pytest.mark.parametrize("rule", [TovaPolicy, H2OPolicy, RandomPolicy, lambda b: StreamingLLMPolicy(b, 2)])
+@pytest.mark.parametrize("pieces", [(T,), (4, 1, 7, 3), (1,) * T])
+def test_no_rule_exceeds_its_budget_and_pieces_do_not_matter(qkv, rule, pieces):
+    output, live = attend(rule(6), *qkv, pieces)
+    assert live.max() == 6
+    assert torch.equal(live[0, 0], torch.arange(1, T + 1).clamp(max=6))
+    if rule is not RandomPolicy:
+        torch.testing.assert_close(output, attend(rule(6), *qkv)[0])
+
+
+def test_full_keeps_everything(qkv):
+    _, live = attend(FullPolicy(), *qkv, (4, 11))
+    assert torch.equal(live[0, 1], torch.arange(1, T + 1))
+
+
+def test_left_padding_changes_nothing(qkv):
+    q, k, v = qkv
+    pad = torch.randn(1, K, 3, D)
+    padded = [torch.cat([torch.randn(1, H, 3, D), q], 2), torch.cat([pad, k], 2), torch.cat([pad, v], 2)]
+    document = torch.tensor([[-1] * 3 + [0] * T])
+    for rule in (TovaPolicy(5), H2OPolicy(6), StreamingLLMPolicy(7, 2), FullPolicy()):
+        out, live = rule.attend(LayerState(document), *padded, Scores(0.4))
+        plain, count = attend(rule, q, k, v)
+        torch.testing.assert_close(out[:, :, 3:], plain)
+        assert torch.equal(live[:, :, 3:], count)
+
+
+def test_budgets_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        TovaPolicy(1)
+    with pytest.raises(ValueError, match="above its 4 sinks"):
+        StreamingLLMPolicy(4)
