@@ -19,9 +19,7 @@ def main(cfg: DictConfig) -> None:
         folder = Path(cfg.checkpoint)
         config = load_config(folder)
         if cfg.num_problems is not None:
-            config = dataclasses.replace(
-                config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems)
-            )
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems))
         evaluate_run(config, folder)
     except ValueError as error:
         sys.exit(f"error: {error}")

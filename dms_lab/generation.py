@@ -86,7 +86,12 @@ def _generate_batch(
     reasons = ["length"] * len(prompts)
     for step in range(max_new_tokens):
         output = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         live = cache.live_slots().float().mean((1, 2)).tolist()
         tokens = output.logits[:, -1].argmax(-1)
@@ -110,6 +115,4 @@ def _generate_batch(
         ids = tokens[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    return [
-        Generated(texts[i], reasons[i], len(prompts[i]), reads[i], peaks[i], lives[i]) for i in range(len(prompts))
-    ]
+    return [Generated(texts[i], reasons[i], len(prompts[i]), reads[i], peaks[i], lives[i]) for i in range(len(prompts))]

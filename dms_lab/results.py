@@ -77,7 +77,7 @@ def load(place: Path) -> "pd.DataFrame":
     import pandas as pd
 
     place = Path(place)
-    files = sorted(place.rglob(RESULTS)) if place.is_dir() else [place]
+    files = [place] if place.is_file() else sorted(place.rglob(RESULTS))
     rows = []
     for file in files:
         for number, line in enumerate(file.read_text().splitlines(), 1):

@@ -186,9 +186,7 @@ def find_attentions(model: PreTrainedModel) -> list[nn.Module]:
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"{name} shares keys and values between layers; one layer's eviction would change another's")
     layers = _decoder_layers(model.get_decoder())
-    found = [
-        m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")
-    ]
+    found = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx") and hasattr(m, "o_proj")]
     if len(found) != len(layers):
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(

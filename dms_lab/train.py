@@ -1,6 +1,6 @@
 """Retrofit a model and evaluate it: ``python -m dms_lab.train model=qwen3_8b cr=8 window=256``.
 
-    compose (Hydra) -> resolve and validate -> find the weights -> train -> evaluate -> table, results.jsonl, figures
+compose (Hydra) -> resolve and validate -> find the weights -> train -> evaluate -> table, results.jsonl, figures
 """
 
 import sys

@@ -26,9 +26,7 @@ def test_visible_is_the_one_line_of_the_definition(num_tokens, window, rng, with
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.sampled_from(eviction.DECIDED_BY), st.integers(1, 9), st.integers(1, 12), st.randoms(use_true_random=False)
-)
+@given(st.sampled_from(eviction.DECIDED_BY), st.integers(1, 9), st.integers(1, 12), st.randoms(use_true_random=False))
 def test_govern_takes_the_value_from_the_deciding_token(decided_by, num_tokens, window, rng):
     x = torch.arange(num_tokens, dtype=torch.float)[None, None].repeat(1, 2, 1)
     document = torch.tensor([sorted((rng.choice((-1, 0, 1)) for _ in range(num_tokens)), reverse=True)])

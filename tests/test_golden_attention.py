@@ -40,9 +40,7 @@ def test_relaxed_decisions_give_the_golden_output_and_gradient(name, backend, mo
     monkeypatch.setattr("dms_lab.attention.soft._CHUNK", 4)
     case = load(name)
     logit = case["evict_logit"].clone().requires_grad_()
-    noisy = eviction.govern(
-        logit + case["noise"], case["decided_by"], case["window"], case["document"], -math.inf
-    )
+    noisy = eviction.govern(logit + case["noise"], case["decided_by"], case["window"], case["document"], -math.inf)
     keep = eviction.log_keep(noisy, torch.zeros((), dtype=noisy.dtype), case["tau"])
     output = soft_attention(
         case["q"],

@@ -9,7 +9,7 @@ LAYERS = [
     {"attention", "cache"},
     {"policies"},
     {"retrofit", "checkpoint", "tiny", "generation", "models"},
-    {"training", "evaluation", "results", "plots"},
+    {"training", "evaluation", "results", "plots", "tracking"},
     {"train", "evaluate", "demo", "pretrain", "preview"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -159,7 +159,11 @@ def test_two_retrofitted_models_do_not_disturb_each_other():
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("deepseek_v3", {"kv_lora_rank": 8, "q_lora_rank": 8, "n_routed_experts": 4, "first_k_dense_replace": 2}, "latent"),
+        (
+            "deepseek_v3",
+            {"kv_lora_rank": 8, "q_lora_rank": 8, "n_routed_experts": 4, "first_k_dense_replace": 2},
+            "latent",
+        ),
         ("mamba2", {"num_heads": 8, "n_groups": 1, "state_size": 8, "expand": 2}, "softmax attention|state-space"),
     ],
 )

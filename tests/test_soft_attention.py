@@ -40,7 +40,13 @@ def run(backend, tensors, window, document, use_sinks, **settings):
 @pytest.mark.parametrize("document", [None, packed(), torch.tensor([[3] * T, [5] * 20 + [-1] * (T - 20)])])
 @pytest.mark.parametrize(
     ("window", "softcap", "use_sinks", "sliding"),
-    [(1, None, False, None), (5, None, False, None), (T + 3, None, False, None), (4, 2.0, True, None), (3, None, True, 9)],
+    [
+        (1, None, False, None),
+        (5, None, False, None),
+        (T + 3, None, False, None),
+        (4, 2.0, True, None),
+        (3, None, True, 9),
+    ],
 )
 def test_chunked_equals_the_reference_in_output_and_every_gradient(
     window, softcap, use_sinks, sliding, document, monkeypatch

@@ -60,7 +60,9 @@ def test_metrics_hold_what_is_promised(make_config):
     outcome = train(make_config(), progress=False)
     rows = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert {"kl", "target_cr", "evicted_soft", "retained_per_head", "tokens_per_second", "peak_memory_bytes"} <= set(rows[0])
+    assert {"kl", "target_cr", "evicted_soft", "retained_per_head", "tokens_per_second", "peak_memory_bytes"} <= set(
+        rows[0]
+    )
     assert len(rows[0]["retained_per_head"]) == 2
     assert rows[-1]["target_cr"] == 4.0
 
@@ -81,3 +83,12 @@ def test_training_raises_the_evicted_share_towards_the_target(make_config):
 def test_a_fine_tuned_window_trains_with_the_same_code(make_config):
     outcome = train(make_config(method="streaming_llm", trained="all", cr_family=(4.0,)), progress=False)
     assert json.loads((outcome.checkpoint(4) / "dms.json").read_text())["policy"]["window"] == 96 / 4 - 4
+
+
+def test_tracking_without_a_key_is_kept_offline(make_config, monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    outcome = train(make_config(tracking="wandb"), progress=False)
+    (logged,) = (outcome.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"retained/layer1/head0" in logged.read_bytes()

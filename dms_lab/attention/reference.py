@@ -47,9 +47,7 @@ def attend(
     return output.reshape(batch, num_heads, num_queries, -1), weights.reshape(batch, num_heads, num_queries, -1)
 
 
-def soft_bias(
-    log_keep: Tensor, window: int, document: Tensor | None = None, sliding_window: int | None = None
-) -> Tensor:
+def soft_bias(log_keep: Tensor, window: int, document: Tensor | None = None, sliding_window: int | None = None) -> Tensor:
     """The additive bias [B, K, T, T] of the relaxed decisions: `log_keep` [B, K, T] of key j at distance >= window.
 
     Keys after the query, of another document (`document` [B, T], -1: padding) or outside `sliding_window` get -inf.

@@ -42,8 +42,6 @@ class Policy(Protocol):
 
     name: str
 
-    def attend(
-        self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """Attention of the newest Q queries [B, H, Q, D] over S keys [B, K, S, D]; live slots per query [B, K, Q]."""
         ...

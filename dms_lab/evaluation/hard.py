@@ -1,7 +1,7 @@
 """Generation and perplexity under hard decisions, through the masked cache.
 
-    problems -> greedy generation under a policy -> answers checked -> Result per (method, task)
-    held-out text -> one forward under the visibility rule ----------> perplexity
+problems -> greedy generation under a policy -> answers checked -> Result per (method, task)
+held-out text -> one forward under the visibility rule ----------> perplexity
 """
 
 import math
@@ -73,10 +73,7 @@ def evaluate_tasks(
         )
         right = sum(is_right(g, p, tokenizer) for g, p in zip(generated, found, strict=True))
         usage = accounting.usage(
-            [
-                accounting.Request(g.kv_reads, g.peak_tokens, g.live_tokens, g.num_tokens, len(g.ids))
-                for g in generated
-            ],
+            [accounting.Request(g.kv_reads, g.peak_tokens, g.live_tokens, g.num_tokens, len(g.ids)) for g in generated],
             bytes_per_token(handle),
         )
         live.append(usage.live_tokens)
@@ -141,4 +138,3 @@ def evaluate_perplexity(
         tokens_generated=0,
         seconds=time.monotonic() - started,
     )
-

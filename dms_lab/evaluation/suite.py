@@ -31,7 +31,11 @@ class Subject:
 
 
 def evaluate(
-    subject: Subject, settings: EvalConfig, held_out: list[Document], on_generated_tasks: bool, rivals_at: tuple[float, ...]
+    subject: Subject,
+    settings: EvalConfig,
+    held_out: list[Document],
+    on_generated_tasks: bool,
+    rivals_at: tuple[float, ...],
 ) -> Iterator[list[Result]]:
     """Yields the results of one method and budget after the other.
 
@@ -45,9 +49,7 @@ def evaluate(
     }
 
     def run(handle: Retrofit, make_policy, method: str, cr: float, window: int | None) -> tuple[list[Result], float]:
-        label = hard.Label(
-            subject.run_id, subject.model.name, method, cr, window, subject.seed, subject.config_hash
-        )
+        label = hard.Label(subject.run_id, subject.model.name, method, cr, window, subject.seed, subject.config_hash)
         found, live = [], 0.0
         if problems:
             found, live = hard.evaluate_tasks(handle, make_policy, tokenizer, problems, label, settings.batch_size)

@@ -24,9 +24,7 @@ class WindowedPolicy(ABC):
     def evict(self, state: LayerState, key: Tensor) -> Tensor | None:
         """True where a token is to go once it is `window` old, [B, K, S]; None: none."""
 
-    def attend(
-        self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         evict = self.evict(state, key)
         window = self.window if self.window is not None else key.shape[2]
         visible = visible_keys(evict, window, state, query, key, scores.sliding_window)
@@ -91,9 +89,7 @@ class RankedPolicy(ABC):
     def rank(self, state: LayerState, weights: Tensor, live: Tensor) -> Tensor:
         """Score of each key after a query with attention `weights` [B, H, S]: the lowest live one goes, [B, K, S]."""
 
-    def attend(
-        self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> tuple[Tensor, Tensor]:
+    def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         batch, num_kv_heads, num_keys = key.shape[:3]
         num_queries = query.shape[2]
         real = state.real(key)

@@ -99,7 +99,5 @@ class DmsPolicy(WindowedPolicy):
     def evict(self, state: LayerState, key: Tensor) -> Tensor:
         if state.evict_logit is None:
             raise RuntimeError("the DMS policy got no eviction logits: attach a predictor with dms_lab.retrofit first")
-        logits = eviction.govern(
-            state.evict_logit, self.config.decided_by, self.window, state.document, fill=-math.inf
-        )
+        logits = eviction.govern(state.evict_logit, self.config.decided_by, self.window, state.document, fill=-math.inf)
         return (logits > 0).expand(-1, key.shape[1], -1)

@@ -16,6 +16,7 @@ They differ in what is done with it:
 Everything here is a pure function of a `random.Random`; two calls with equal generators give equal problems.
 """
 
+import itertools
 import random
 import re
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def _ledger(rng: random.Random, steps: int, num_facts: int) -> tuple[list[str], 
 def _road(rng: random.Random, steps: int, num_facts: int) -> tuple[list[str], str, str, str]:
     names = rng.sample(NAMES, num_facts)
     path = names[:steps]
-    facts = [f" road {a} {b}." for a, b in zip(path, path[1:], strict=False)] + [f" road {path[-1]} end."]
+    facts = [f" road {a} {b}." for a, b in itertools.pairwise(path)] + [f" road {path[-1]} end."]
     facts += [f" road {name} {rng.choice(('end', *others))}." for name, others in _side_paths(names[steps:])]
     return facts, f"\n from {path[0]}", " " + " ".join(path) + " end.", f" {path[-1]}"
 
@@ -138,7 +139,7 @@ def _program(rng: random.Random, steps: int, num_facts: int) -> tuple[list[str],
     names = rng.sample(NAMES, num_facts)
     path, total, chain = names[:steps], 0, []
     facts = []
-    for a, b in zip(path, path[1:], strict=False):
+    for a, b in itertools.pairwise(path):
         value = rng.randrange(10)
         total = (total + value) % 10
         facts.append(f" jump {a} {b} {value}.")

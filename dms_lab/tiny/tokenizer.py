@@ -62,7 +62,7 @@ def _training_texts(code: Iterable[str], rng: random.Random) -> Iterable[str]:
     for text in code:
         size += len(text)
         yield text
-    vocabulary = tasks.words() + ["\n", "user", "assistant", "system"]
+    vocabulary = [*tasks.words(), "\n", "user", "assistant", "system"]
     for _ in range(max(200, size // 400)):
         rng.shuffle(vocabulary)
         yield "".join(vocabulary)

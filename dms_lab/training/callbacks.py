@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from dms_lab import eviction
 from dms_lab.checkpoint import save_checkpoint
 from dms_lab.config import TrainConfig
+from dms_lab.tracking import Tracker
 from dms_lab.training.module import RetrofitModule
 
 _log = logging.getLogger(__name__)
@@ -21,10 +22,10 @@ LAST = "last.ckpt"
 
 
 class JsonlMetrics(L.Callback):
-    """Appends one JSON object to `metrics.jsonl` every `every` steps, with the evicted share of each layer and head."""
+    """Appends one JSON object to `metrics.jsonl` every `every` steps, with the retained share of each layer and head."""
 
-    def __init__(self, folder: Path, every: int) -> None:
-        self.path, self.every = folder / "metrics.jsonl", every
+    def __init__(self, folder: Path, every: int, tracker: Tracker | None = None) -> None:
+        self.path, self.every, self.tracker = folder / "metrics.jsonl", every, tracker
         self._tokens, self._since = 0, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
@@ -42,6 +43,8 @@ class JsonlMetrics(L.Callback):
         }
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(row)
         self._tokens, self._since = 0, time.monotonic()
 
 
@@ -102,9 +105,7 @@ class GracefulStop(L.Callback):
     def _note(self, number: int, frame: Any) -> None:
         self.stopped_by = signal.Signals(number).name
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int) -> None:
         if not ends_a_step(trainer, index):
             return
         if self.stopped_by or trainer.global_step % self.every == 0:

@@ -59,9 +59,7 @@ class RetrofitData(L.LightningDataModule):
         number = (step * config.accumulate + micro_batch) * world_size + rank
         if config.data.kind == "tiny":
             rng = random.Random(f"{config.seed} {number}")
-            rows = [
-                [documents.tiny_document(rng, self.tokenizer, config.context, self._code)] for _ in range(size)
-            ]
+            rows = [[documents.tiny_document(rng, self.tokenizer, config.context, self._code)] for _ in range(size)]
         else:
             rows = [self.rows[i] for i in self._epoch_rows(number * size, size)]
         return collate(rows, config.context, pad)

@@ -1,8 +1,8 @@
 """Several documents in one row, which do not see each other.
 
-    [doc 0 ............][doc 1 .....][pad]   ids
-     0 0 0 0 0 0 0 0 0   1 1 1 1 1   -1      document
-     0 1 2 3 4 5 6 7 8   0 1 2 3 4    0      position_ids
+[doc 0 ............][doc 1 .....][pad]   ids
+ 0 0 0 0 0 0 0 0 0   1 1 1 1 1   -1      document
+ 0 1 2 3 4 5 6 7 8   0 1 2 3 4    0      position_ids
 """
 
 from collections.abc import Iterable

@@ -14,6 +14,7 @@ from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.retrofit import retrofit
+from dms_lab.tracking import Tracker
 from dms_lab.training.callbacks import LAST, FamilyCheckpoints, GracefulStop, JsonlMetrics, ProgressBar
 from dms_lab.training.data import RetrofitData
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
@@ -89,10 +90,16 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     data = RetrofitData(config, models.load_tokenizer(config.model))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
-    provenance = {"config_hash": config_hash(config), "seed": config.seed, "steps": config.steps, "method": config.method}
+    provenance = {
+        "config_hash": config_hash(config),
+        "seed": config.seed,
+        "steps": config.steps,
+        "method": config.method,
+    }
     stop = GracefulStop(folder)
+    tracker = Tracker(config, folder) if config.tracking == "wandb" else None
     callbacks = [
-        JsonlMetrics(folder, config.log_every),
+        JsonlMetrics(folder, config.log_every, tracker),
         FamilyCheckpoints(folder / "checkpoints", config, base, provenance),
         stop,
         *([ProgressBar()] if progress else []),
@@ -114,6 +121,8 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     if not config.resume:
         (folder / "metrics.jsonl").unlink(missing_ok=True)
     trainer.fit(module, datamodule=data, ckpt_path=str(last) if config.resume and last.is_file() else None)
+    if tracker is not None:
+        tracker.finish()
     if stop.stopped_by and trainer.global_step < config.steps:
         return Outcome(folder, False, stop.stopped_by)
     done.write_text(json.dumps(provenance) + "\n")
