@@ -6,10 +6,14 @@ Nulls stand for "the model's default". Every error is raised here, before anythi
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import math
+import types
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 CHOICES = {
     "method": ("dms", "streaming_llm"),
@@ -24,6 +28,7 @@ CHOICES = {
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),
     "model.dtype": ("float32", "bfloat16", "float16"),
 }
+RIVALS = ("streaming_llm", "tova", "h2o", "random")
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class EvalConfig:
     num_problems: int = 64
     length: int = 512
     batch_size: int = 32
-    rivals: tuple[str, ...] = ("streaming_llm", "tova", "h2o", "random")
+    rivals: tuple[str, ...] = RIVALS
     held_out_tokens: int = 16384
 
 
@@ -110,62 +115,151 @@ class TrainConfig:
 
 # These change where a run goes or how it is watched, not what comes out of it.
 _NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval"}
+_GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
+_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
+
+
+# -- keys and types ----------------------------------------------------------------------------------------------------
+def valid_keys() -> tuple[str, ...]:
+    """Every key of a training command line: top-level ones, then `group.key`."""
+    top = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps_per_cr", "experiment"}
+    return (*sorted(top), *(f"{g}.{f.name}" for g, schema in _GROUPS.items() for f in dataclasses.fields(schema)))
+
+
+def check_overrides(overrides: Sequence[str], more: Sequence[str] = ()) -> None:
+    """Raises `ValueError` for the first `key=value` whose key is unknown, with the nearest name and the valid ones.
+
+    For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. `more` are keys that
+    a command has beside those of training. Flags and the `hydra` group are left to Hydra.
+    """
+    known = (*valid_keys(), *more)
+    for word in overrides:
+        key = word.lstrip("+~").partition("=")[0].partition("@")[0]
+        if word.startswith("-") or "=" not in word or key in known or key.split(".")[0] == "hydra":
+            continue
+        raise ValueError(_unknown(key, known))
+
+
+def _unknown(key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return f"unknown key {key!r}{hint}; the valid keys are {', '.join(known)}"
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """`value` as `hint` wants it: whole floats become ints, ints become floats, lists become tuples; else `ValueError`."""
+    if get_origin(hint) is types.UnionType:
+        return None if value is None else _typed(key, value, get_args(hint)[0])
+    if get_origin(hint) is tuple:
+        inner, *others = get_args(hint)
+        if not isinstance(value, list | tuple) or (others != [...] and len(value) != 1 + len(others)):
+            size = "" if others == [...] else f" of {1 + len(others)}"
+            raise ValueError(f"{key}={value!r} must be a list{size}, e.g. {key}=[...]; each member {_KINDS[inner]}")
+        return tuple(_typed(key, member, inner) for member in value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is float and is_number:
+        return float(value)
+    if hint is int and is_number and value == int(value):
+        return int(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise ValueError(f"{key}={value!r} must be {_KINDS[hint]}")
 
 
 def _build(schema: type, values: dict[str, Any], where: str) -> Any:
-    """`schema` from plain values, lists made tuples; unknown keys are refused with the valid ones."""
-    known = {f.name: f for f in dataclasses.fields(schema)}
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f"unknown key {where}{unknown[0]!r}; the valid keys are {', '.join(sorted(known))}")
-    missing = sorted(
-        name
-        for name, f in known.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    )
-    if missing:
-        raise ValueError(f"missing key {where}{missing[0]!r}")
-    return schema(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    """`schema` from plain values of the right types; unknown and missing keys are refused by name."""
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    for name in sorted(set(values) - set(fields)):
+        raise ValueError(_unknown(where + name, [where + known for known in sorted(fields)]))
+    for name, f in fields.items():
+        if name not in values and f.default is dataclasses.MISSING:
+            raise ValueError(f"missing key {where + name!r}")
+    hints = get_type_hints(schema)
+    built = {name: values[name] if name in _GROUPS else _typed(where + name, values[name], hints[name]) for name in values}
+    return schema(**built)
 
 
+# -- from a composed configuration to a complete one -------------------------------------------------------------------
 def resolve(cfg: dict[str, Any]) -> TrainConfig:
     """A complete configuration from a composed one (a plain dict), nulls filled from the model; validated.
 
+    `steps=null` becomes `steps_per_cr * (cr - 1) / ramp`; members of `cr_family` above `cr` are dropped, `cr` is added.
     Raises `ValueError` with one full sentence for the first thing that is wrong.
     """
     values = dict(cfg)
-    model = _build(ModelConfig, values.pop("model"), "model.")
-    data = _build(DataConfig, values.pop("data"), "data.")
-    evaluation = _build(EvalConfig, values.pop("eval"), "eval.")
-    if not isinstance(values.get("cr"), (int, float)) or values["cr"] < 1:
-        raise ValueError(f"cr={values.get('cr')} is not a compression ratio; it is full / kept, so use 1 or more, e.g. 8")
-    values["cr"] = float(values["cr"])
-    if not 0 < values["ramp"] <= 1:
-        raise ValueError(f"ramp={values['ramp']} is the share of steps over which cr rises; use above 0, at most 1")
+    if values.get("model", {}).get("path") in (None, "???"):
+        raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
+    groups = {name: _build(schema, values.pop(name), f"{name}.") for name, schema in _GROUPS.items()}
     for name in ("window", "lr", "adapter_lr", "batch_size", "context"):
         if values.get(name) is None:
-            values[name] = getattr(model, name)
-    steps_per_cr = values.pop("steps_per_cr")
+            values[name] = getattr(groups["model"], name)
+    cr, ramp = (_typed(name, values.get(name), float) for name in ("cr", "ramp"))
+    steps_per_cr = _typed("steps_per_cr", values.pop("steps_per_cr"), float)
+    if cr < 1:
+        raise ValueError(f"cr={cr:g} is not a compression ratio; it is full / kept, so use 1 or more, e.g. 8")
+    if not 0 < ramp <= 1:
+        raise ValueError(f"ramp={ramp:g} is the share of steps over which cr rises; use above 0, at most 1")
+    if steps_per_cr <= 0:
+        raise ValueError(f"steps_per_cr={steps_per_cr:g} must be above 0; the paper takes 100, the reference 34")
     if values.get("steps") is None:
-        values["steps"] = max(1, round(steps_per_cr * (values["cr"] - 1) / values["ramp"]))
-    family = sorted({float(c) for c in values["cr_family"] if 1 < c < values["cr"]} | {values["cr"]})
-    values["cr_family"] = family
-    config = _build(TrainConfig, values | {"model": model, "data": data, "eval": evaluation}, "")
+        values["steps"] = max(1, round(steps_per_cr * (cr - 1) / ramp))
+    family = _typed("cr_family", values["cr_family"], tuple[float, ...])
+    if any(member < 1 for member in family):
+        raise ValueError(f"cr_family={list(family)} holds a member below 1; each is a compression ratio, full / kept")
+    values["cr_family"] = sorted({member for member in family if 1 < member < cr} | {cr})
+    config = _build(TrainConfig, values | groups, "")
     validate(config)
     return config
 
 
 def validate(config: TrainConfig) -> None:
     """Raises `ValueError` for the first setting that cannot be run."""
+    _check_choices(config)
+    _check_ranges(config)
+    _check_window(config)
+    if config.method == "streaming_llm" and config.trained != "all":
+        raise ValueError("method=streaming_llm has no predictor to train; add trained=all")
+    if config.predictor == "neuron":
+        _check_neuron(config)
+    if config.data.kind in ("text", "jsonl") and not config.data.path:
+        raise ValueError(f"data={config.data.kind} needs data.path=<file, folder or glob>")
+
+
+def _at(config: TrainConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_choices(config: TrainConfig) -> None:
     for name, choices in CHOICES.items():
-        value: Any = config
-        for part in name.split("."):
-            value = getattr(value, part)
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")
-    for name in ("window", "steps", "batch_size", "accumulate", "context", "log_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+        if _at(config, name) not in choices:
+            raise ValueError(f"{name}={_at(config, name)!r} is not known; choose one of {', '.join(choices)}")
+    for name in config.eval.rivals:
+        if name not in RIVALS:
+            raise ValueError(f"eval.rivals holds {name!r}, which is not known; choose from {', '.join(RIVALS)}")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for name in (
+        *("window", "steps", "batch_size", "accumulate", "context", "log_every", "threads", "data.limit"),
+        *("eval.num_problems", "eval.length", "eval.batch_size"),
+    ):
+        value = _at(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name in ("seed", "num_sinks", "neuron_zeroing_steps", "warmup_steps", "weight_decay", "retention_weight"):
+        if _at(config, name) < 0:
+            raise ValueError(f"{name}={_at(config, name)} must not be negative")
+    for name in ("tau", "scale", "lr", "adapter_lr", "clip"):
+        if _at(config, name) <= 0:
+            raise ValueError(f"{name}={_at(config, name)} must be above 0")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ValueError(f"betas={list(config.betas)} must lie in [0, 1); the published recipes use [0.9, 0.95]")
+
+
+def _check_window(config: TrainConfig) -> None:
     if config.window > config.context:
         raise ValueError(
             f"window={config.window} is beyond the context of {config.context} tokens, so nothing would ever be evicted; "
@@ -176,14 +270,27 @@ def validate(config: TrainConfig) -> None:
             f"cr={config.cr:g} cannot be reached at context={config.context} with window={config.window}: it needs "
             f"T > cr * window, here {config.context} > {config.cr * config.window:g}; lower cr or window, or raise context"
         )
-    if config.method == "streaming_llm" and config.trained != "all":
-        raise ValueError("method=streaming_llm has no predictor to train; add trained=all")
-    if config.predictor == "neuron" and config.trained != "all":
+    budget = round(config.context / config.cr)
+    if config.method == "streaming_llm" and budget <= config.num_sinks:
+        raise ValueError(
+            f"num_sinks={config.num_sinks} leaves no window: cr={config.cr:g} keeps {budget} of {config.context} tokens; "
+            "lower num_sinks or cr, or raise context"
+        )
+
+
+def _check_neuron(config: TrainConfig) -> None:
+    if config.trained != "all":
         raise ValueError("predictor=neuron has no parameters of its own; add trained=all")
-    if config.data.kind in ("text", "jsonl") and not config.data.path:
-        raise ValueError(f"data={config.data.kind} needs data.path=<file, folder or glob>")
+    if config.granularity != "head":
+        raise ValueError("predictor=neuron decides per KV head; use granularity=head or predictor=adapter")
+    if config.neuron_zeroing_steps > config.steps:
+        raise ValueError(
+            f"neuron_zeroing_steps={config.neuron_zeroing_steps} are not over after steps={config.steps}, and the neuron "
+            "would vanish at once when training ends; raise steps or lower neuron_zeroing_steps"
+        )
 
 
+# -- names -------------------------------------------------------------------------------------------------------------
 def config_hash(config: TrainConfig) -> str:
     """12 hex digits over everything that decides the trained weights."""
     plain = dataclasses.asdict(config)

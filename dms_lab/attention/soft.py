@@ -120,8 +120,8 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         query, key, value, log_keep, sinks, document, output, lse = ctx.saved_tensors
-        window, scaling, _softcap, _ = ctx.settings
-        batch, _num_heads, num_tokens, width = query.shape
+        window, scaling = ctx.settings[:2]
+        batch, _, num_tokens, width = query.shape
         num_kv_heads = key.shape[1]
         q, k, v, lk = _wide(query), _wide(key), _wide(value), None if log_keep is None else _wide(log_keep)
         q = q.reshape(batch, num_kv_heads, -1, num_tokens, width)

@@ -1,37 +1,44 @@
 """Documents to train on, from generated problems, text files, chats and reasoning traces.
 
-    source -> Document(ids, is_completion)        a Document is never longer than the context
+    source -> Document(ids, is_completion) -> packing.fit -> packing.pack
 
-Bad lines of a jsonl file are reported with file and line, counted, and end the run above a limit.
+Text comes in pieces of at most the context; chats and traces in full length. Bad lines of a jsonl file are reported
+with file and line, counted, and end the run above a limit.
 """
 
 import hashlib
 import json
 import logging
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from dms_lab.config import DataConfig
 from dms_lab.tiny import corpus, tasks
 from dms_lab.tiny.corpus import Document
 
 _log = logging.getLogger(__name__)
+THINK = "<think>"
+OPENR1_MATH = "open-r1/OpenR1-Math-220k"
 
 
 def tiny_document(rng: random.Random, tokenizer: PreTrainedTokenizerBase, context: int, code: list[str]) -> Document:
-    """A generated problem that fills the context, or, one time in eight, an excerpt of source code."""
-    if rng.random() < 0.125:
+    """A generated problem that fills the context, or, one time in sixteen, an excerpt of source code."""
+    if rng.random() < 0.0625:
         return corpus.encode_text(corpus.excerpt(code, rng, 4 * context), tokenizer, context)
-    problem = tasks.make_problem(rng.choice(tasks.FAMILIES), rng, context)
-    return corpus.encode_problem(problem, tokenizer)
+    while True:  # in a short context a problem with many steps may not fit
+        problem = tasks.make_problem(rng.choice(tasks.FAMILIES), rng, context)
+        document = corpus.encode_problem(problem, tokenizer)
+        if len(document.ids) <= context:
+            return document
 
 
-# -- text files ----------------------------------------------------------------------------------------------------------
+# -- text files -----------------------------------------------------------------------------------------------------
 def text_files(path: str, extensions: tuple[str, ...]) -> list[Path]:
     """The files that a path, folder (searched with its subfolders) or glob names, in order; `ValueError` if none."""
     place = Path(path).expanduser()
@@ -49,22 +56,38 @@ def text_files(path: str, extensions: tuple[str, ...]) -> list[Path]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is kept for evaluation: one in ten, by a hash of its name."""
+    """Whether a file is kept for evaluation: one in ten, by a hash of its path relative to the folder searched."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
 def split_held_out(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Training and held-out files; a single file, or a split that leaves one side empty, gives its last file to both."""
-    held_out = [f for f in files if is_held_out(f.name)] or files[-1:]
-    training = [f for f in files if f not in held_out] or files
-    return training, held_out
+    """Training and held-out files, which never overlap; the last file is held out where the hash chooses none or all.
+
+    Paths are hashed relative to the deepest folder they share. A single file gives no held-out file.
+    """
+    if len(files) < 2:
+        return files, []
+    root = os.path.commonpath([f.parent for f in files])
+    held_out = [f for f in files if is_held_out(Path(os.path.relpath(f, root)).as_posix())]
+    if not 0 < len(held_out) < len(files):
+        held_out = files[-1:]
+    chosen = set(held_out)
+    return [f for f in files if f not in chosen], held_out
 
 
 def text_documents(files: list[Path], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Document]:
-    """Every file cut into documents of at most `context` tokens; pieces shorter than 32 tokens are left out."""
+    """Every file cut into documents of at most `context` tokens; pieces shorter than 32 tokens are left out.
+
+    A file that is not UTF-8 is left out with a warning.
+    """
     begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     for file in files:
-        ids = tokenizer(file.read_text(encoding="utf-8", errors="replace"), add_special_tokens=False).input_ids
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            _log.warning("%s is not UTF-8 (byte %d) and was left out", file, error.start)
+            continue
+        ids = tokenizer(text, add_special_tokens=False).input_ids
         room = context - len(begin)
         for start in range(0, len(ids), room):
             piece = begin + ids[start : start + room]
@@ -72,7 +95,7 @@ def text_documents(files: list[Path], tokenizer: PreTrainedTokenizerBase, contex
                 yield Document(piece, [True] * len(piece))
 
 
-# -- chats ---------------------------------------------------------------------------------------------------------------
+# -- chats ----------------------------------------------------------------------------------------------------------
 @dataclass
 class BadLines:
     """Counts lines that could not be used; `ValueError` with the first of them above `limit`."""
@@ -89,27 +112,25 @@ class BadLines:
             raise ValueError(f"more than data.max_bad_lines={self.limit} unusable lines, the first: {first}")
 
 
-def chat_documents(
-    files: list[Path], tokenizer: PreTrainedTokenizerBase, context: int, bad: BadLines
-) -> Iterator[Document]:
-    """One document a line of jsonl files: `messages`, or `prompt` and `completion`, or `text`; cut to the context."""
+def chat_documents(files: list[Path], tokenizer: PreTrainedTokenizerBase, bad: BadLines) -> Iterator[Document]:
+    """One document a line of jsonl files: `messages`, or `prompt` and `completion`, or `text`. Skips empty lines."""
     for file in files:
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:  # bytes: a line that is not UTF-8 must cost that line alone
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 try:
-                    document = _encode_row(json.loads(line), tokenizer)
-                except (ValueError, KeyError, TypeError) as error:
+                    yield _encode_row(json.loads(line.decode("utf-8")), tokenizer)
+                except (ValueError, TemplateError) as error:
                     bad.report(f"{file}:{number}", str(error) or type(error).__name__)
-                    continue
-                yield Document(document.ids[:context], document.is_completion[:context])
 
 
 def _encode_row(row: object, tokenizer: PreTrainedTokenizerBase) -> Document:
     if not isinstance(row, dict):
         raise ValueError("a line must be a JSON object")
     if isinstance(row.get("messages"), list) and row["messages"]:
+        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in row["messages"]):
+            raise ValueError("every message must be an object with `role` and a text as `content`")
         *history, last = row["messages"]
         if last.get("role") != "assistant" or not history:
             raise ValueError("messages must end with an assistant message that answers something")
@@ -129,48 +150,79 @@ def encode_trace(history: list[dict], trace: str, tokenizer: PreTrainedTokenizer
     goes through one. A template that opens the thought itself must not be followed by a second opening.
     """
     prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
-    opening = "<think>"
-    if prompt.rstrip().endswith(opening) and trace.lstrip().startswith(opening):
-        trace = trace.lstrip()[len(opening) :]
+    if prompt.rstrip().endswith(THINK) and trace.lstrip().startswith(THINK):
+        trace = trace.lstrip()[len(THINK) :]
+        if prompt.endswith("\n"):
+            trace = trace.removeprefix("\n")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token, so a trace cannot be ended; set tokenizer.eos_token")
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     trace_ids = tokenizer(trace, add_special_tokens=False).input_ids
-    if tokenizer.decode(trace_ids, skip_special_tokens=False) != trace:
-        raise ValueError("the tokenizer does not give the trace back; it would train on another text")
     ids = prompt_ids + trace_ids + [tokenizer.eos_token_id]
-    return Document(ids, [False] * len(prompt_ids) + [True] * (len(trace_ids) + 1))
+    document = Document(ids, [False] * len(prompt_ids) + [True] * (len(trace_ids) + 1))
+    check_round_trip(document, prompt, trace, tokenizer)
+    return document
 
 
-# -- OpenR1-Math ---------------------------------------------------------------------------------------------------------
-def openr1_documents(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, context: int, evaluated: list[str], bad: BadLines
-) -> Iterator[Document]:
-    """Correct traces of open-r1/OpenR1-Math-220k (hub id, local folder or jsonl), decontaminated, cut to the context.
+def check_round_trip(document: Document, prompt: str, trace: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises `ValueError` unless the decoded document is the prompt, then the trace verbatim, then the end token.
 
-    A problem that shares a run of 13 words with a text in `evaluated` is left out.
+    Also if the trace is empty (the prompt must be a strict prefix) or opens a thought that the prompt has opened.
     """
+    if not trace.strip():
+        raise ValueError("the completion is empty, so there is nothing to learn from")
+    text = tokenizer.decode(document.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not text.startswith(prompt):
+        raise ValueError("the tokenizer does not give the prompt back; it would train on another prompt")
+    if text[len(prompt) :] != trace + tokenizer.eos_token:
+        raise ValueError("the tokenizer does not give the trace back; it would train on another text")
+    if prompt.rstrip().endswith(THINK) and trace.lstrip().startswith(THINK):
+        raise ValueError("the chat template opens a thought and the trace opens it again; drop one of them")
+
+
+# -- OpenR1-Math ----------------------------------------------------------------------------------------------------
+def openr1_documents(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, evaluated: Sequence[str], bad: BadLines
+) -> Iterator[Document]:
+    """Every correct trace (`correctness_math_verify`) of open-r1/OpenR1-Math-220k, decontaminated.
+
+    `path` is a hub id, a local folder or a jsonl file of that schema. A problem that shares a run of 13 words with a
+    text in `evaluated` is left out; how many were is logged. `ValueError` if the data cannot be had.
+    """
+    path = path or OPENR1_MATH
+    evaluation_runs = {run for text in evaluated for run in word_runs(text)}
+    removed = 0
+    for number, row in enumerate(_openr1_rows(path)):
+        if evaluation_runs & word_runs(row["problem"]):
+            removed += 1
+            continue
+        history = [{"role": "user", "content": row["problem"]}]
+        for trace, correct in zip(row["generations"], row["correctness_math_verify"] or [], strict=False):
+            if not correct:
+                continue
+            try:
+                yield encode_trace(history, trace, tokenizer)
+            except (ValueError, TemplateError) as error:
+                bad.report(f"{path}: row {number}", str(error))
+    level = logging.WARNING if removed else logging.INFO
+    _log.log(level, "%s: %d problems overlap with an evaluation set and were left out", path, removed)
+
+
+def _openr1_rows(path: str):
     from datasets import load_dataset
 
-    path = data.path or "open-r1/OpenR1-Math-220k"
-    is_file = Path(path).is_file()
-    rows = load_dataset("json", data_files=path, split="train") if is_file else load_dataset(path, split="train")
-    seen = {gram for text in evaluated for gram in _word_runs(text)}
-    dropped = 0
-    for number, row in enumerate(rows):
-        if seen & _word_runs(row["problem"]):
-            dropped += 1
-            continue
-        correct = [t for t, right in zip(row["generations"], row["correctness_math_verify"], strict=False) if right]
-        for trace in correct[:1]:
-            try:
-                document = encode_trace([{"role": "user", "content": row["problem"]}], trace, tokenizer)
-            except ValueError as error:
-                bad.report(f"{path}:{number}", str(error))
-                continue
-            yield Document(document.ids[:context], document.is_completion[:context])
-    if dropped:
-        _log.warning("%d problems of %s overlap with an evaluation set and were left out", dropped, path)
+    try:
+        if Path(path).is_file():
+            return load_dataset("json", data_files=path, split="train")
+        return load_dataset(path, split="train")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data.path={path} cannot be loaded ({error}); download it where there is a network with "
+            f"`hf download --repo-type dataset {OPENR1_MATH}`, or give a local folder or jsonl file of its schema"
+        ) from error
 
 
-def _word_runs(text: str, size: int = 13) -> set[tuple[str, ...]]:
+def word_runs(text: str, size: int = 13) -> set[tuple[str, ...]]:
+    """Runs of `size` words, lower case and without punctuation; the whole text as one run where it is shorter."""
     words = "".join(c.lower() if c.isalnum() else " " for c in text).split()
     return {tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1))} if words else set()

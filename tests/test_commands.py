@@ -1,0 +1,98 @@
+"""The commands of the README, run as a user runs them, on small data."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["steps=3", "cr=4", "cr_family=[2,4]", "context=128", "window=8", "batch_size=2", "eval.num_problems=2"]
+SMALL += ["eval.length=128", "eval.rivals=[streaming_llm]", "eval.held_out_tokens=256", "threads=1"]
+
+
+def run(module, *words, cwd=None, code=0):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", f"dms_lab.{module}", *words], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def test_train_ends_with_the_evaluation_and_evaluate_repeats_it(tmp_path):
+    text = run("train", *SMALL, "out=run", cwd=tmp_path)
+    assert "Exact match" in text
+    folder = tmp_path / "run"
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"full", "dms", "streaming_llm"}
+    assert {row["task"] for row in rows} == {"ledger", "road", "program", "held_out_text"}
+    assert (folder / "pareto.png").is_file()
+    run("evaluate", "checkpoint=run", cwd=tmp_path)
+    again = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    keys = ("method", "task", "target_cr", "accuracy", "perplexity", "kv_reads", "measured_cr")
+    assert [[r[k] for k in keys] for r in again[: len(rows)]] == [[r[k] for k in keys] for r in again[len(rows) :]]
+
+
+def test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out(tmp_path, base_folder):
+    source = Path(json.__file__).parent
+    words = ["model=hf", f"model.path={base_folder}", "model.dtype=float32", "data=text", f"data.path={source}", "out=run"]
+    text = run("train", *SMALL, *words, cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["target_cr"]) for row in rows] == [("full", 1.0), ("dms", 2.0), ("dms", 4.0)]
+    assert all(row["perplexity"] > 1 and row["accuracy"] is None for row in rows)
+    assert "held_out_text ppl" in text.replace("\n", " ") or "ppl" in text
+
+
+def test_a_bad_value_ends_with_one_sentence_and_no_folder(tmp_path):
+    text = run("train", "cr=0.5", cwd=tmp_path, code=1)
+    assert "error: cr=0.5 is not a compression ratio" in text
+    assert "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_absent_weights_are_told_before_anything_runs(tmp_path):
+    text = run("train", "model=qwen3_8b", "cr=8", "window=256", cwd=tmp_path, code=1)
+    assert "no weights for model.path=Qwen/Qwen3-8B" in text
+    assert "hf download Qwen/Qwen3-8B" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_the_settings_without_loading_torch(tmp_path):
+    started = time.monotonic()
+    text = run("train", "--help", cwd=tmp_path)
+    assert "cr_family" in text
+    probe = "import sys, dms_lab.train, dms_lab.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", probe], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_folder_saved_by_transformers_goes_through_the_same_commands(tmp_path, base_folder, make_config, family):
+    import dataclasses
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from dms_lab.checkpoint import load_checkpoint
+    from dms_lab.config import ModelConfig
+    from dms_lab.evaluation.report import evaluate_run
+    from dms_lab.training.run import train
+
+    tokenizer = AutoTokenizer.from_pretrained(base_folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 3}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=len(tokenizer), **shape))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = make_config(model=ModelConfig(family, str(tmp_path / "base"), 96, 4, 1e-3, 1e-2, 2, "float32", False))
+    config = dataclasses.replace(config, trained="all")
+    outcome = train(config, progress=False)
+    handle = load_checkpoint(outcome.checkpoint(4), AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    assert len(handle.predictors) == 2
+    evaluate_run(config, outcome.folder)
+    assert (outcome.folder / "results.jsonl").is_file()

@@ -1,0 +1,217 @@
+"""Documents say what their source says, and what cannot be used is named."""
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+from dms_lab.config import DataConfig
+from dms_lab.preview import COMPLETION, PROMPT, render
+from dms_lab.tiny.tokenizer import train_tokenizer
+from dms_lab.training import documents
+from dms_lab.training.data import RetrofitData
+from dms_lab.training.packing import collate
+
+# As R1's: thoughts of assistant turns are dropped, the generation prompt opens one.
+R1 = (
+    "{%- for m in messages -%}{%- if m['role'] == 'assistant' -%}"
+    "{{- '<|im_start|>assistant\\n' + m['content'].split('</think>')[-1] + '<|im_end|>' -}}"
+    "{%- else -%}{{- '<|im_start|>user\\n' + m['content'] -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n<think>\\n' -}}{%- endif -%}"
+)
+# As Qwen3's: the model opens the thought itself.
+QWEN3 = (
+    "{%- for m in messages -%}{{- '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' -}}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
+TRACE = "<think>\nTwo and two, so 4.\n</think>\n\nThe answer is \\boxed{4}."
+LONG = "Find the sum of all positive integers n such that n squared plus three divides seven n plus one"
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train_tokenizer(["def f(x):\n    return x + 1\n"] * 20)
+
+
+@pytest.fixture
+def tokenizer(plain):
+    before, plain.chat_template = plain.chat_template, QWEN3
+    yield plain
+    plain.chat_template = before
+
+
+def write_lines(path, rows):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows) + "\n")
+    return path
+
+
+def parts(document, tokenizer):
+    """The prompt and the completion of a document as text."""
+    first = document.is_completion.index(True)
+    assert all(document.is_completion[first:])
+    return tuple(tokenizer.decode(ids) for ids in (document.ids[:first], document.ids[first:]))
+
+
+def chats(path, tokenizer, limit=0):
+    bad = documents.BadLines(limit)
+    return list(documents.chat_documents([path], tokenizer, bad)), bad
+
+
+def test_all_three_forms_of_a_line_are_read(tmp_path, tokenizer):
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": TRACE}]
+    rows = [{"messages": turns}, {"prompt": "2+2?", "completion": TRACE}, "", {"text": "x = 1"}]
+    (first, second, third), bad = chats(write_lines(tmp_path / "a.jsonl", rows), tokenizer)
+    assert first == second
+    expected = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert parts(first, tokenizer) == (expected, TRACE + tokenizer.eos_token)
+    assert tokenizer.decode(third.ids) == "x = 1"
+    assert all(third.is_completion)
+    assert not bad.found
+
+
+BAD = [
+    "{not json",
+    "[1]",
+    {"other": 1},
+    {"messages": ["no object", "x"]},
+    {"messages": [{"role": "user", "content": "x"}]},
+    {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+    {"prompt": "x", "completion": " "},
+]
+
+
+@pytest.mark.parametrize("row", BAD, ids=range(len(BAD)))
+def test_a_bad_line_is_named_by_file_and_number_and_costs_itself_alone(tmp_path, tokenizer, caplog, row):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": "good"}, row, {"text": "good"}])
+    found, bad = chats(path, tokenizer, limit=1)
+    assert len(found) == 2
+    assert [entry.split(": ")[0] for entry in bad.found] == [f"{path}:2"]
+    assert f"{path}:2" in caplog.text
+
+
+def test_a_line_that_is_not_utf8_costs_itself_alone(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n{"text": "good"}\n')
+    found, bad = chats(path, tokenizer, limit=1)
+    assert len(found) == 2
+    assert bad.found[0].startswith(f"{path}:2")
+
+
+def test_more_bad_lines_than_the_limit_stop_the_run_and_the_first_are_listed(tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", ["{"] * 5)
+    with pytest.raises(ValueError, match=r"max_bad_lines=3.*a\.jsonl:1.*a\.jsonl:2.*a\.jsonl:3"):
+        chats(path, tokenizer, limit=3)
+
+
+@pytest.mark.parametrize(("template", "opened"), [(QWEN3, False), (R1, True)], ids=["qwen3", "r1"])
+def test_a_trace_survives_whatever_the_template_does_to_assistant_turns(tokenizer, template, opened):
+    tokenizer.chat_template = template
+    history = [{"role": "user", "content": "2+2?"}]
+    document = documents.encode_trace(history, TRACE, tokenizer)
+    prompt, _ = parts(document, tokenizer)
+    assert prompt == tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.decode(document.ids)
+    assert text.endswith("<|im_start|>assistant\n" + TRACE + tokenizer.eos_token)
+    assert text.count("<think>") == 1
+    assert prompt.endswith("<think>\n") is opened
+    naive = tokenizer.apply_chat_template([*history, {"role": "assistant", "content": TRACE}], tokenize=False)
+    assert ("Two and two" in naive) is not opened
+
+
+def test_the_round_trip_check_refuses_a_doubled_thought_and_another_text(tokenizer):
+    tokenizer.chat_template = R1
+    history = [{"role": "user", "content": "2+2?"}]
+    prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt + TRACE + tokenizer.eos_token, add_special_tokens=False).input_ids
+    document = documents.Document(ids, [True] * len(ids))
+    with pytest.raises(ValueError, match="opens it again"):
+        documents.check_round_trip(document, prompt, TRACE, tokenizer)
+    with pytest.raises(ValueError, match="trace back"):
+        documents.check_round_trip(document, prompt, TRACE + "x", tokenizer)
+    with pytest.raises(ValueError, match="prompt back"):
+        documents.check_round_trip(document, "x" + prompt, TRACE, tokenizer)
+
+
+def openr1_row(problem, *correct):
+    return {
+        "problem": problem,
+        "generations": [f"<think>\nway {i}\n</think>\n4" for i in range(len(correct))],
+        "correctness_math_verify": list(correct),
+    }
+
+
+@pytest.mark.parametrize("as_folder", [False, True], ids=["file", "folder"])
+def test_of_openr1_every_correct_trace_is_taken_and_no_other(tmp_path, tokenizer, monkeypatch, as_folder):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    rows = [openr1_row("2+2?", True, False, True), openr1_row("3+1?", False, False)]
+    path = write_lines(tmp_path / "set" / "train.jsonl", rows)
+    place = str(path.parent if as_folder else path)
+    found = list(documents.openr1_documents(place, tokenizer, [], documents.BadLines(0)))
+    assert [["way 0" in parts(d, tokenizer)[1], "way 2" in parts(d, tokenizer)[1]] for d in found] == [
+        [True, False],
+        [False, True],
+    ]
+
+
+def test_problems_of_an_evaluation_set_are_removed_and_counted(tmp_path, tokenizer, caplog):
+    disguised = "Warm-up. " + LONG.upper().replace(" ", "  ") + "!"
+    path = write_lines(tmp_path / "a.jsonl", [openr1_row(disguised, True), openr1_row("2+2?", True)])
+    with caplog.at_level(logging.INFO):
+        found = list(documents.openr1_documents(str(path), tokenizer, [LONG], documents.BadLines(0)))
+    assert len(found) == 1
+    assert "2+2?" in parts(found[0], tokenizer)[0]
+    assert "1 problems overlap" in caplog.text
+
+
+def test_twelve_common_words_are_no_contamination():
+    words = LONG.split()
+    assert not documents.word_runs(" ".join(words[:12] + ["a"] * 9)) & documents.word_runs(LONG)
+    assert documents.word_runs(" ".join(words[:13] + ["a"] * 9)) & documents.word_runs(LONG)
+
+
+def test_a_folder_is_searched_by_extension_and_the_split_goes_by_relative_path(tmp_path):
+    for i in range(60):
+        (tmp_path / f"d{i}").mkdir()
+        (tmp_path / f"d{i}" / "same.py").write_text("x")
+    (tmp_path / "d0" / "no.bin").write_text("x")
+    files = documents.text_files(str(tmp_path), (".py",))
+    training, held_out = documents.split_held_out(files)
+    assert len(files) == 60
+    assert sorted(training + held_out) == files
+    assert {f for f in files if documents.is_held_out(f"{f.parent.name}/same.py")} == set(held_out)
+    with pytest.raises(ValueError, match="no file found"):
+        documents.text_files(str(tmp_path), (".rst",))
+
+
+def test_a_file_that_is_not_utf8_is_left_out_aloud(tmp_path, tokenizer, caplog):
+    (tmp_path / "a.txt").write_bytes(b"\xff" * 99)
+    assert not list(documents.text_documents([tmp_path / "a.txt"], tokenizer, 64))
+    assert "a.txt is not UTF-8" in caplog.text
+
+
+def test_batches_of_files_are_full_rows_and_held_out_text_is_not_among_them(make_config, tmp_path, tokenizer):
+    rows = [{"prompt": f"question {i}", "completion": "x" * i} for i in range(1, 41)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    config = dataclasses.replace(make_config(), data=DataConfig("jsonl", str(path)))
+    data = RetrofitData(config, tokenizer)
+    assert data.batch(0)["ids"].shape == (config.batch_size, config.context)
+    trained = {tuple(d.ids) for row in data.packed.rows for d in row}
+    assert len(trained) == 38
+    assert len(data.held_out) == 2
+    assert not trained & {tuple(d.ids) for d in data.held_out}
+    again = RetrofitData(config, tokenizer)
+    again.batch(0)
+    assert all(torch.equal(value, again.batch(7)[key]) for key, value in data.batch(7).items())
+
+
+def test_the_preview_colours_what_is_learned_and_shows_each_document(tokenizer):
+    document = documents.encode_trace([{"role": "user", "content": "2+2?"}], TRACE, tokenizer)
+    text = render(collate([[document, document]], 2 * len(document.ids) + 3, 0), tokenizer)
+    styled = [(text.plain[s.start : s.end], s.style) for s in text.spans]
+    assert [piece for piece, style in styled if style == COMPLETION] == [TRACE + tokenizer.eos_token] * 2
+    assert all("2+2?" in piece for piece, style in styled if style == PROMPT)
+    assert "document 1" in text.plain
+    assert "3 of" in text.plain
