@@ -164,7 +164,7 @@ def test_a_misspelt_key_on_the_command_line_gets_the_nearest_and_all_valid_ones(
     with pytest.raises(ValueError, match=r"unknown key 'windw' \(did you mean window\?\)") as error:
         check_overrides(["model=tiny", "windw=3"])
     assert all(key in str(error.value) for key in valid_keys())
-    with pytest.raises(ValueError, match="'data.pth'"):
+    with pytest.raises(ValueError, match=r"'data\.pth'"):
         check_overrides(["data.pth=x"])
 
 
