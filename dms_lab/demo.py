@@ -13,7 +13,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from dms_lab.train import CONFIG_PATH
+from dms_lab.train import CONFIG_PATH, command_line
 
 CONTROLS = {
     "streaming_llm_tuned": {"method": "streaming_llm"},
@@ -70,4 +70,4 @@ def run(config, controls: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, ("controls",))

@@ -5,17 +5,24 @@ completion tokens green, prompt tokens dim, a rule between documents, padding co
 python -m dms_lab.preview data=jsonl data.path=chats.jsonl
 """
 
-from typing import Any
+import sys
+from typing import TYPE_CHECKING
 
+import hydra
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+
+from dms_lab.train import CONFIG_PATH, command_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 COMPLETION, PROMPT, BORDER = "green", "dim", "bold magenta"
 
 
-def render(batch: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> Text:
+def render(batch: "dict[str, Tensor]", tokenizer: "PreTrainedTokenizerBase") -> Text:
     """The rows of a batch (`training.packing.collate`) as coloured text, with a border before each document."""
     text = Text()
     for index, document in enumerate(batch["document"].tolist()):
@@ -42,16 +49,20 @@ def _runs(places: list[int], flags: list[bool]) -> list[tuple[bool, list[int]]]:
     return runs
 
 
-def main(cfg: Any) -> None:
-    """Prints the first batch of a composed configuration (a plain dict or an OmegaConf one)."""
-    from omegaconf import OmegaConf
-
+@hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="preview")
+def main(cfg: DictConfig) -> None:
+    """Prints the first batch that a training run of this configuration would see."""
     from dms_lab import models
     from dms_lab.config import resolve
     from dms_lab.training.data import RetrofitData
 
-    plain = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
-    plain.pop("experiment", None)
-    config = resolve(plain)
-    tokenizer = models.load_tokenizer(config.model)
-    Console().print(render(RetrofitData(config, tokenizer).batch(0), tokenizer))
+    try:
+        config = resolve(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        tokenizer = models.load_tokenizer(config.model)
+        Console().print(render(RetrofitData(config, tokenizer).batch(0), tokenizer))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -4,6 +4,7 @@ compose (Hydra) -> resolve and validate -> find the weights -> train -> evaluate
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import hydra
@@ -37,5 +38,16 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
 
 
+def command_line(entry: Callable[[], None], more: Sequence[str] = ()) -> None:
+    """Runs a Hydra main after a look at its keys: an unknown one ends with a sentence that lists the valid ones."""
+    from dms_lab.config import check_overrides
+
+    try:
+        check_overrides(sys.argv[1:], more)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    entry()
+
+
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -54,6 +54,18 @@ def test_a_bad_value_ends_with_one_sentence_and_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_unknown_key_ends_with_the_valid_ones(tmp_path):
+    text = run("train", "windw=3", cwd=tmp_path, code=1)
+    assert "did you mean window?" in text
+    assert "Traceback" not in text
+
+
+def test_preview_shows_documents_with_their_mask(tmp_path):
+    text = run("preview", "context=128", "window=8", cwd=tmp_path)
+    assert "row 0, document 0" in text
+    assert "</think>" in text
+
+
 def test_absent_weights_are_told_before_anything_runs(tmp_path):
     text = run("train", "model=qwen3_8b", "cr=8", "window=256", cwd=tmp_path, code=1)
     assert "no weights for model.path=Qwen/Qwen3-8B" in text
