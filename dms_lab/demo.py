@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> None:
 def run(config, controls: dict[str, dict]) -> None:
     """Trains `config` and its controls in folders below `config.out`, then evaluates, unless that was done before."""
     from dms_lab import plots, results
-    from dms_lab.config import config_hash
+    from dms_lab.config import config_hash, validate
     from dms_lab.evaluation.report import evaluate_run
     from dms_lab.training.run import train
 
@@ -48,7 +48,9 @@ def run(config, controls: dict[str, dict]) -> None:
     others: dict[tuple[str, float], Path] = {}
     for name, changes in ({"dms": {}} | controls).items():
         print(f"training {name}")
-        outcome = train(dataclasses.replace(config, out=str(root / name), **changes))
+        variant = dataclasses.replace(config, out=str(root / name), **changes)
+        validate(variant)
+        outcome = train(variant)
         if not outcome.finished:
             print(f"stopped by {outcome.stopped_by}; the same command goes on from {outcome.folder}")
             sys.exit(130)
