@@ -20,9 +20,33 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return low, high
 
 
+def bootstrap_interval(
+    scores: Sequence[float] | Sequence[Sequence[float]], num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `scores`, one per problem or [problems, samples of each].
+
+    Problems are drawn again, not samples: repeated answers to one problem are no independent evidence. With scores that
+    are all alike it has no width; use `wilson_interval` for plain right and wrong. Raises `ValueError` without scores.
+    """
+    rows = np.asarray(scores, float)
+    if rows.size == 0:
+        raise ValueError("an interval needs at least one problem")
+    means = rows if rows.ndim == 1 else rows.mean(1)
+    rng = np.random.default_rng(seed)
+    drawn = [means[rng.integers(0, len(means), len(means))].mean() for _ in range(num_resamples)]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def frontier(budget: Sequence[float], accuracy: Sequence[float]) -> np.ndarray:
-    """Indices of the points that no other point beats at the same or a smaller budget, by rising budget."""
-    order = np.lexsort((-np.asarray(accuracy, float), np.asarray(budget, float)))
+    """Positions of the points that no other point beats at the same or a smaller budget, by rising budget.
+
+    Raises `ValueError` if there is no point, or one that is not finite (a task without accuracy, say).
+    """
+    budget, accuracy = np.asarray(budget, float), np.asarray(accuracy, float)
+    if not len(budget) or not (np.isfinite(budget).all() and np.isfinite(accuracy).all()):
+        raise ValueError("a frontier needs at least one point, and finite budgets and accuracies; drop rows without them")
+    order = np.lexsort((-accuracy, budget))
     kept, best = [], -math.inf
     for index in order:
         if accuracy[index] > best:
@@ -41,7 +65,8 @@ def margin(
     """Mean of A(x) - B(x) over the largest common interval of budgets, A and B linear between their frontier points.
 
     `axis` says on which scale of the budget the interpolation and the mean are taken. NaN if the intervals do not meet.
-    Source: Lancucki et al. 2025, section 5 (their plots use log2).
+    Source: Lancucki et al. 2025, section 5 (their plots use log2). Raises `ValueError` for an unknown axis, points
+    that are not finite, or a budget that has no logarithm.
     """
     if axis not in AXES:
         raise ValueError(f"axis={axis!r} is not known; choose one of {', '.join(AXES)}")
@@ -49,6 +74,8 @@ def margin(
     for budget, accuracy in ((budget_a, accuracy_a), (budget_b, accuracy_b)):
         index = frontier(budget, accuracy)
         x = np.asarray(budget, float)[index]
+        if axis == "log2" and x[0] <= 0:
+            raise ValueError(f"a budget of {x[0]:g} has no place on a log2 axis; drop the point or use axis='linear'")
         curves.append((np.log2(x) if axis == "log2" else x, np.asarray(accuracy, float)[index]))
     low = max(curves[0][0][0], curves[1][0][0])
     high = min(curves[0][0][-1], curves[1][0][-1])

@@ -1,5 +1,6 @@
 """Figures and the table of a comparison: accuracy against what the cache costs."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +19,31 @@ STYLE = {
     "h2o": ("#cc79a7", "X", "x", "H2O"),
     "random": ("#999999", "*", "star", "random"),
 }
+OTHERS = ("#8c564b", "h", "hexagon")  # a method that has no style of its own is drawn all the same
 BUDGETS = {"kv_reads": "KV reads per request (tokens)", "peak_tokens": "peak live tokens per request"}
 
 
 def mean_over_tasks(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per (method, target CR, seed): means over the tasks with an accuracy, and over their intervals' ends."""
+    """One row per (method, target CR): means over the tasks (and seeds) with an accuracy, and over their intervals' ends.
+
+    The mean of the ends is wider than a 95 % interval of the mean: it errs on the careful side.
+    """
     with_answers = frame[frame["accuracy"].notna()]
     columns = ["accuracy", "accuracy_low", "accuracy_high", "measured_cr", "kv_reads", "peak_tokens"]
     return with_answers.groupby(["method", "target_cr"], as_index=False)[columns].mean()
+
+
+def per_task(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per (method, task, target CR): means over seeds, of the tasks with an accuracy."""
+    with_answers = frame[frame["accuracy"].notna()]
+    return with_answers.groupby(["method", "task", "target_cr"], as_index=False)[["accuracy", *BUDGETS]].mean()
+
+
+def styles(frame: "pd.DataFrame") -> dict[str, tuple[str, str, str, str]]:
+    """(colour, matplotlib marker, plotly symbol, name) of each method in `frame`, in the order of `STYLE`."""
+    found = set(frame["method"])
+    known = {method: style for method, style in STYLE.items() if method in found}
+    return known | {method: (*OTHERS, method) for method in sorted(found - set(STYLE))}
 
 
 def summary_table(frame: "pd.DataFrame") -> "Table":
@@ -64,10 +82,10 @@ def pareto_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:
     points = mean_over_tasks(frame)
     if points.empty:
         raise ValueError("there is no accuracy to draw; only perplexities were measured")
-    return [_png(points, folder / "pareto.png"), _html(points, folder / "pareto.html")]
+    return [_png(points, per_task(frame), folder / "pareto.png"), _html(points, folder / "pareto.html")]
 
 
-def _png(points: "pd.DataFrame", path: Path) -> Path:
+def _png(points: "pd.DataFrame", tasks: "pd.DataFrame", path: Path) -> Path:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,10 +93,11 @@ def _png(points: "pd.DataFrame", path: Path) -> Path:
 
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for panel, (budget, title) in zip(panels, BUDGETS.items(), strict=True):
-        for method, (colour, marker, _, name) in STYLE.items():
+        for (method, _), rows in tasks.groupby(["method", "task"]):
+            rows, colour = rows.sort_values(budget), styles(points)[method][0]
+            panel.plot(rows[budget], 100 * rows["accuracy"], color=colour, linewidth=0.5, alpha=0.45)
+        for method, (colour, marker, _, name) in styles(points).items():
             rows = points[points["method"] == method].sort_values(budget)
-            if rows.empty:
-                continue
             error = [rows["accuracy"] - rows["accuracy_low"], rows["accuracy_high"] - rows["accuracy"]]
             panel.errorbar(
                 rows[budget],
@@ -94,9 +113,10 @@ def _png(points: "pd.DataFrame", path: Path) -> Path:
         if len(full):
             panel.axhline(100 * full.mean(), color="black", linewidth=0.6, linestyle=":")
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
         panel.set_xlabel(title)
     panels[0].set_ylabel("exact match, mean over tasks (%)")
-    panels[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    panels[1].legend(title="thin: one task", title_fontsize=8, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
@@ -108,10 +128,8 @@ def _html(points: "pd.DataFrame", path: Path) -> Path:
 
     figure = make_subplots(rows=1, cols=2, shared_yaxes=True, subplot_titles=list(BUDGETS.values()))
     for column, budget in enumerate(BUDGETS, 1):
-        for method, (colour, _, symbol, name) in STYLE.items():
+        for method, (colour, _, symbol, name) in styles(points).items():
             rows = points[points["method"] == method].sort_values(budget)
-            if rows.empty:
-                continue
             figure.add_trace(
                 go.Scatter(
                     x=rows[budget],
@@ -132,7 +150,7 @@ def _html(points: "pd.DataFrame", path: Path) -> Path:
                 row=1,
                 col=column,
             )
-        figure.update_xaxes(type="log", row=1, col=column)
+        figure.update_xaxes(type="log", dtick=math.log10(2), tickformat=".0f", row=1, col=column)  # a tick a doubling
     figure.update_yaxes(title_text="exact match, mean over tasks (%)", row=1, col=1)
     figure.write_html(path, include_plotlyjs=True)
     return path

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,13 +63,25 @@ def git_revision() -> str:
 
 
 def append(path: Path, results: list[Result]) -> None:
-    """Appends whole lines to `path` and waits until the disk has them."""
-    text = "".join(json.dumps(asdict(result)) + "\n" for result in results)
+    """Appends whole lines to `path`, each in one write, and waits until the disk has them.
+
+    A last line that was cut off stays as it is, for `load` to name it; what is appended starts on a line of its own.
+    """
+    lines = [json.dumps(asdict(result)).encode() + b"\n" for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(text)
-        file.flush()
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if lines and file.read(1) != b"\n":
+                lines[0] = b"\n" + lines[0]
+        for line in lines:
+            file.write(line)
         os.fsync(file.fileno())
+
+
+def append_result(path: Path, row: Result) -> None:
+    """Appends one line to `path` and waits until the disk has it."""
+    append(path, [row])
 
 
 def load(place: Path) -> "pd.DataFrame":
@@ -95,4 +107,7 @@ def _parse(line: str, where: str) -> dict:
     found = row.get("schema_version") if isinstance(row, dict) else None
     if found != SCHEMA_VERSION:
         raise ValueError(f"{where} has schema version {found!r}; this version of dms_lab reads {SCHEMA_VERSION}")
+    missing = [f.name for f in fields(Result) if f.name not in row]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}; remove the line or measure it again")
     return row

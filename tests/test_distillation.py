@@ -48,7 +48,20 @@ def test_equal_distributions_cost_nothing():
 def test_chunked_cross_entropy_equals_the_unchunked_one(chunk):
     student, _, head, _ = setting()
     labels = torch.arange(N) % VOCABULARY
-    torch.testing.assert_close(lm_loss(student, labels, head, chunk), F.cross_entropy(head(student), labels))
+    loss, expected = lm_loss(student, labels, head, chunk), F.cross_entropy(head(student), labels)
+    torch.testing.assert_close(loss, expected)
+    inputs = [student, *head.parameters()]
+    for got, want in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_a_temperature_divides_both_logits_and_keeps_the_gradients_size():
+    student, teacher, head, teacher_head = setting()
+    p, q = (teacher_head(teacher) / 3).log_softmax(-1), (head(student) / 3).log_softmax(-1)
+    loss = kl_loss(student, teacher, head, teacher_head, chunk_tokens=7, temperature=3.0)
+    torch.testing.assert_close(loss, 9 * (p.exp() * (p - q)).sum(-1).mean())
+    with pytest.raises(ValueError, match="above 0"):
+        kl_loss(student, teacher, head, teacher_head, temperature=0.0)
 
 
 def test_nothing_to_learn_from_is_refused():

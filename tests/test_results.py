@@ -1,15 +1,11 @@
-"""Results come back as they were written, strictly; figures and intervals are what their definitions say."""
+"""Results come back as they were written, strictly; figures and table show every method."""
 
 import dataclasses
-import itertools
 import json
-import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dms_lab import accounting, pareto, plots, results
+from dms_lab import plots, results
 
 POINT = results.Result(
     run_id="r",
@@ -63,6 +59,37 @@ def test_a_cut_line_and_an_unknown_schema_are_named(tmp_path):
         results.load(tmp_path / "nothing")
 
 
+def test_a_line_after_a_cut_one_is_not_lost(tmp_path):
+    path = tmp_path / results.RESULTS
+    results.append_result(path, POINT)
+    path.write_text(path.read_text()[:-40])
+    results.append_result(path, POINT)
+    _, second = path.read_text().splitlines()
+    assert json.loads(second)["task"] == "road"
+    with pytest.raises(ValueError, match=r"results.jsonl:1 is not a JSON object"):
+        results.load(path)
+    path.write_text(second + "\n")
+    results.append_result(path, POINT)
+    assert len(results.load(path)) == 2
+
+
+def test_a_line_without_a_key_is_named(tmp_path):
+    path = tmp_path / results.RESULTS
+    results.append_result(path, POINT)
+    row = json.loads(path.read_text())
+    del row["kv_reads"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"results.jsonl:1 lacks kv_reads"):
+        results.load(path)
+
+
+def test_a_method_without_a_style_is_drawn_and_last():
+    import pandas as pd
+
+    frame = pd.DataFrame([vars(dataclasses.replace(POINT, method=m)) for m in ("quest", "dms", "full")])
+    assert list(plots.styles(frame)) == ["full", "dms", "quest"]
+
+
 def test_figures_and_table_are_made(tmp_path):
     import pandas as pd
     from rich.console import Console
@@ -78,38 +105,3 @@ def test_figures_and_table_are_made(tmp_path):
     text = console.export_text()
     assert "80.0" in text  # the mean over tasks of DMS
     assert "12.00" in text
-
-
-def test_wilson_interval_matches_published_values():
-    assert pareto.wilson_interval(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
-    assert pareto.wilson_interval(5, 10) == (pytest.approx(0.2366, abs=1e-4), pytest.approx(0.7634, abs=1e-4))
-    assert pareto.wilson_interval(10, 10)[1] == 1.0
-
-
-POINTS = st.lists(st.tuples(st.floats(1, 1e4), st.floats(0, 1)), min_size=1, max_size=8, unique_by=lambda p: p[0])
-
-
-@settings(deadline=None)
-@given(POINTS, POINTS, st.sampled_from(pareto.AXES))
-def test_margins_are_antisymmetric_and_frontiers_rise(a, b, axis):
-    xa, ya = zip(*a, strict=True)
-    xb, yb = zip(*b, strict=True)
-    kept = pareto.frontier(xa, ya)
-    assert all(xa[i] < xa[j] and ya[i] < ya[j] for i, j in itertools.pairwise(kept))
-    assert all(any(xa[i] <= x and ya[i] >= y for i in kept) for x, y in a)
-    assert pareto.margin(xa, ya, xa, ya, axis) == 0
-    there, back = pareto.margin(xa, ya, xb, yb, axis), pareto.margin(xb, yb, xa, ya, axis)
-    assert (math.isnan(there) and math.isnan(back)) or there == pytest.approx(-back, abs=1e-9)
-
-
-def test_a_margin_by_hand():
-    assert pareto.margin([1, 4], [0.0, 1.0], [1, 4], [0.0, 0.5], "linear") == pytest.approx(0.25)
-    assert pareto.margin([1, 4], [0.5, 0.9], [2, 8], [0.1, 0.3], "log2") == pytest.approx((0.6 + 0.7) / 2, abs=1e-9)
-
-
-def test_usage_by_hand():
-    requests = [accounting.Request(100, 20, 10, 80, 5), accounting.Request(300, 40, 30, 120, 7)]
-    found = accounting.usage(requests, bytes_per_token=4)
-    assert (found.kv_reads, found.peak_tokens, found.kv_bytes_peak) == (200, 30, 120)
-    assert (found.measured_cr, found.live_tokens, found.tokens_generated) == (5, 20, 12)
-    assert accounting.slot_bytes(4, 2, 32, 2) == 1024
