@@ -63,6 +63,47 @@ def test_noise_is_logistic_and_follows_its_key():
     assert not any(torch.equal(draw[:9], eviction.logistic_noise((9,), eviction.noise_generator(*k))) for k in keys)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 10), st.randoms(use_true_random=False))
+def test_visibility_follows_the_given_positions_and_not_the_slots(num_queries, num_keys, window, rng):
+    evict = torch.tensor([[[rng.random() < 0.5 for _ in range(num_keys)]]])
+    queries = torch.tensor([[rng.randrange(12) for _ in range(num_queries)]])
+    keys = torch.tensor([rng.sample(range(12), num_keys)])
+    of_query = torch.tensor([[rng.choice((-1, 0, 1)) for _ in range(num_queries)]])
+    of_key = torch.tensor([[rng.choice((-1, 0, 1)) for _ in range(num_keys)]])
+    seen = eviction.visible(evict, window, queries, keys, of_query, of_key)
+    for q in range(num_queries):
+        for s in range(num_keys):
+            i, j = queries[0, q], keys[0, s]
+            expected = j <= i and (not evict[0, 0, s] or i - j < window)
+            assert seen[0, 0, q, s] == (expected and of_query[0, q] == of_key[0, s] and of_key[0, s] >= 0)
+
+
+def test_the_relaxed_decision_and_its_log_keep_agree():
+    logit, noise = torch.tensor([-30.0, -0.2, 0.0, 0.3, 30.0, -math.inf]), torch.tensor(0.1)
+    probability = eviction.evict_probability(logit, noise, 0.5)
+    assert probability[1].item() == pytest.approx(1 / (1 + math.exp(0.2)))
+    assert torch.allclose(eviction.log_keep(logit, noise, 0.5).exp(), 1 - probability, atol=1e-6)
+    assert eviction.log_keep(logit, noise, 0.5)[-1] == 0
+    assert eviction.log_keep(logit, noise, 0.5)[4] == pytest.approx(-60.2)  # still a slope where 1 - a is 0
+
+
+def test_unknown_choices_are_refused_with_the_valid_ones():
+    with pytest.raises(ValueError, match="choose one of self, next, delayed"):
+        eviction.govern(torch.zeros(1, 1, 3), "previous", 2)
+    with pytest.raises(ValueError, match="choose one of live, decisions"):
+        eviction.evict_target(4, 10, 5, "tokens")
+
+
+def test_a_live_target_over_packed_documents_counts_a_window_each_and_never_exceeds_one():
+    lengths, window, cr = (100, 60, 8), 16, 3
+    old = sum(max(n - window, 0) for n in lengths)
+    share = eviction.evict_target(cr, sum(lengths), old)
+    assert sum(lengths) / (sum(lengths) - share * old) == pytest.approx(cr)
+    assert eviction.evict_target(8, 20, 4) == 1
+    assert eviction.evict_target(8, 10, 0) == 1
+
+
 def test_cr_rises_linearly_and_stays():
     assert eviction.cr_at(0, 8, 100) == 1
     assert eviction.cr_at(40, 8, 100) == pytest.approx(4.5)
