@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -91,4 +92,7 @@ def test_tracking_without_a_key_is_kept_offline(make_config, monkeypatch, tmp_pa
     monkeypatch.setenv("WANDB_SILENT", "true")
     outcome = train(make_config(tracking="wandb"), progress=False)
     (logged,) = (outcome.folder / "wandb").glob("offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60  # its service writes the file in a process of its own
+    while b"retained/layer1/head0" not in logged.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert b"retained/layer1/head0" in logged.read_bytes()
