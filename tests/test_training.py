@@ -86,6 +86,7 @@ def test_a_fine_tuned_window_trains_with_the_same_code(make_config):
     assert json.loads((outcome.checkpoint(4) / "dms.json").read_text())["policy"]["window"] == 96 / 4 - 4
 
 
+@pytest.mark.slow  # starts a service of its own, and was seen to fail twice on a loaded machine
 def test_tracking_without_a_key_is_kept_offline(make_config, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
