@@ -20,8 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from dms_lab.attachment import Retrofit, retrofit
+from dms_lab.attention_function import PREDICTOR
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.retrofit import PREDICTOR, Retrofit, retrofit
 
 SCHEMA_VERSION = 1
 METADATA, WEIGHTS = "dms.json", "dms.safetensors"

@@ -20,8 +20,9 @@ CHOICES = {
     "predictor": ("adapter", "neuron"),
     "granularity": ("head", "layer"),
     "decided_by": ("self", "next", "delayed"),
-    "trained": ("adapter", "all"),
+    "trained": ("adapter", "lora", "all"),
     "count": ("live", "decisions"),
+    "retention": ("one_sided", "two_sided"),
     "kl_direction": ("forward", "reverse"),
     "attention": ("auto", "reference", "chunked", "flex"),
     "tracking": ("none", "wandb"),
@@ -91,7 +92,10 @@ class TrainConfig:
     num_sinks: int
     tau: float
     trained: str
+    lora_rank: int
+    lora_alpha: float
     count: str
+    retention: str
     retention_weight: float
     kl_direction: str
     lr: float
@@ -183,8 +187,8 @@ def _build(schema: type, values: dict[str, Any], where: str) -> Any:
 def resolve(cfg: dict[str, Any]) -> TrainConfig:
     """A complete configuration from a composed one (a plain dict), nulls filled from the model; validated.
 
-    `steps=null` becomes `steps_per_cr * (cr - 1) / ramp`; members of `cr_family` above `cr` are dropped, `cr` is added.
-    Raises `ValueError` with one full sentence for the first thing that is wrong.
+    `steps=null` becomes `neuron_zeroing_steps + steps_per_cr * (cr - 1) / ramp`; members of `cr_family` above `cr` are
+    dropped, `cr` is added. Raises `ValueError` with one full sentence for the first thing that is wrong.
     """
     values = dict(cfg)
     if values.get("model", {}).get("path") in (None, "???"):
@@ -202,7 +206,8 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     if steps_per_cr <= 0:
         raise ValueError(f"steps_per_cr={steps_per_cr:g} must be above 0; the paper takes 100, the reference 34")
     if values.get("steps") is None:
-        values["steps"] = max(1, round(steps_per_cr * (cr - 1) / ramp))
+        zeroing = _typed("neuron_zeroing_steps", values.get("neuron_zeroing_steps"), int)
+        values["steps"] = max(1, zeroing + round(steps_per_cr * (cr - 1) / ramp))
     family = _typed("cr_family", values["cr_family"], tuple[float, ...])
     if any(member < 1 for member in family):
         raise ValueError(f"cr_family={list(family)} holds a member below 1; each is a compression ratio, full / kept")
@@ -217,8 +222,13 @@ def validate(config: TrainConfig) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_window(config)
-    if config.method == "streaming_llm" and config.trained != "all":
-        raise ValueError("method=streaming_llm has no predictor to train; add trained=all")
+    if config.method == "streaming_llm" and config.trained == "adapter":
+        raise ValueError("method=streaming_llm has no predictor to train; add trained=all or trained=lora")
+    if config.trained == "all" and config.model.dtype != "float32":
+        raise ValueError(
+            f"trained=all with model.dtype={config.model.dtype}: a step of lr={config.lr:g} on a weight of that precision "
+            "is rounded away; add model.dtype=float32, or train less with trained=adapter or trained=lora"
+        )
     if config.predictor == "neuron":
         _check_neuron(config)
     if config.data.kind in ("text", "jsonl") and not config.data.path:
@@ -243,7 +253,7 @@ def _check_choices(config: TrainConfig) -> None:
 
 def _check_ranges(config: TrainConfig) -> None:
     for name in (
-        *("window", "steps", "batch_size", "accumulate", "context", "log_every", "threads", "data.limit"),
+        *("window", "steps", "batch_size", "accumulate", "context", "log_every", "threads", "data.limit", "lora_rank"),
         *("eval.num_problems", "eval.length", "eval.batch_size"),
     ):
         value = _at(config, name)
@@ -252,7 +262,7 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("seed", "num_sinks", "neuron_zeroing_steps", "warmup_steps", "weight_decay", "retention_weight"):
         if _at(config, name) < 0:
             raise ValueError(f"{name}={_at(config, name)} must not be negative")
-    for name in ("tau", "scale", "lr", "adapter_lr", "clip"):
+    for name in ("tau", "scale", "lr", "adapter_lr", "clip", "lora_alpha"):
         if _at(config, name) <= 0:
             raise ValueError(f"{name}={_at(config, name)} must be above 0")
     if not all(0 <= beta < 1 for beta in config.betas):
@@ -283,10 +293,10 @@ def _check_neuron(config: TrainConfig) -> None:
         raise ValueError("predictor=neuron has no parameters of its own; add trained=all")
     if config.granularity != "head":
         raise ValueError("predictor=neuron decides per KV head; use granularity=head or predictor=adapter")
-    if config.neuron_zeroing_steps > config.steps:
+    if config.neuron_zeroing_steps >= config.steps:
         raise ValueError(
-            f"neuron_zeroing_steps={config.neuron_zeroing_steps} are not over after steps={config.steps}, and the neuron "
-            "would vanish at once when training ends; raise steps or lower neuron_zeroing_steps"
+            f"neuron_zeroing_steps={config.neuron_zeroing_steps} leave nothing of steps={config.steps}: eviction is "
+            "learned after the neuron has faded; raise steps or lower neuron_zeroing_steps"
         )
 
 

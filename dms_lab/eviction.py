@@ -27,6 +27,7 @@ from torch import Tensor
 DECIDED_BY = ("self", "next", "delayed")
 GRANULARITIES = ("head", "layer")
 COUNTS = ("live", "decisions")
+RETENTIONS = ("one_sided", "two_sided")
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------
@@ -99,10 +100,35 @@ def visible(
 
 
 # -- budgets -----------------------------------------------------------------------------------------------------------
-def cr_at(step: int, cr: float, steps: int, ramp: float = 0.8) -> float:
-    """Compression ratio aimed at in `step`: linear from 1 to `cr` over the first `ramp` share of `steps`, then `cr`."""
-    rising = max(1, round(ramp * steps))
-    return 1.0 + (cr - 1.0) * min(1.0, step / rising)
+def cr_at(step: int, cr: float, steps: int, ramp: float = 0.8, start: int = 0) -> float:
+    """Compression ratio aimed at in `step`: 1 until `start`, then linear to `cr`, then `cr`.
+
+    It rises over the first `ramp` share of the `steps - start` steps that are left.
+    """
+    rising = max(1, round(ramp * (steps - start)))
+    return 1.0 + (cr - 1.0) * min(1.0, max(0, step - start) / rising)
+
+
+def old_tokens(document: Tensor, window: int) -> Tensor:
+    """True where a token is `window` tokens or more before the last one of its document, [B, T].
+
+    These are the tokens whose eviction has freed a slot by the end of their document. `document` [B, T] holds an id per
+    document in consecutive runs, -1 for padding (False there).
+    """
+    ahead = F.pad(document[:, window:], (0, min(window, document.shape[1])), value=-1)
+    return (document >= 0) & (ahead == document)
+
+
+def live_ratio(evicted: Sequence[Tensor], document: Tensor, window: int) -> Tensor:
+    """Compression ratio at the end of each document: tokens / live slots, both summed over the batch, a scalar.
+
+    `evicted` holds one [B, K or 1, T] a layer: probabilities, or hard decisions as 0 and 1. The mean live slots run over
+    layers and KV heads.
+    """
+    old = old_tokens(document, window)[:, None]
+    freed = torch.stack([(e * old).sum((0, 2)).mean() for e in evicted]).mean()
+    num_tokens = (document >= 0).sum()
+    return num_tokens / (num_tokens - freed).clamp(min=1e-9)
 
 
 def evict_target(cr: float, num_tokens: int, num_old_tokens: int, count: str = "live") -> float:
@@ -129,12 +155,17 @@ def check_reachable(cr: float, context: int, window: int, count: str = "live") -
         )
 
 
-def retention_loss(evict_probabilities: Sequence[Tensor], real: Tensor, target: float) -> Tensor:
+def retention_loss(
+    evict_probabilities: Sequence[Tensor], real: Tensor, target: float, retention: str = "one_sided"
+) -> Tensor:
     """max(target - mean relaxed decision, 0); the mean runs over layers, KV heads and real tokens.
 
-    `evict_probabilities` holds one [B, K or 1, T] a layer, `real` [B, T] is False for padding. One-sided and global:
-    heads share the budget as they like.
+    `evict_probabilities` holds one [B, K or 1, T] a layer, `real` [B, T] is False for padding. Global: heads share the
+    budget as they like. `retention="two_sided"` takes the absolute value, so that evicting more than asked costs as well.
     """
+    if retention not in RETENTIONS:
+        raise ValueError(f"retention={retention!r} is not known; choose one of {', '.join(RETENTIONS)}")
     weight = real[:, None].to(evict_probabilities[0].dtype)
     means = torch.stack([(p * weight).sum() / (weight.sum() * p.shape[1]) for p in evict_probabilities])
-    return (target - means.mean()).clamp(min=0.0)
+    missing = target - means.mean()
+    return missing.abs() if retention == "two_sided" else missing.clamp(min=0.0)

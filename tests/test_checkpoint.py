@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dms_lab.attachment import retrofit
 from dms_lab.checkpoint import CheckpointError, fingerprint, load_checkpoint, save_checkpoint
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.retrofit import retrofit
 
 
 def load(folder):

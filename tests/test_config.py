@@ -67,13 +67,14 @@ def test_a_paper_recipe_has_the_numbers_of_the_paper_s_table(model):
     assert config.data.kind == "openr1_math"
 
 
-def test_a_paper_recipe_keeps_no_checkpoint_while_the_neuron_still_fades():
+def test_a_paper_recipe_raises_cr_by_one_in_100_steps_once_the_neuron_has_faded():
     from dms_lab.eviction import cr_at
 
     for model in TABLE_3:
         config = build(f"experiment=paper_{model}")
-        faded_at = cr_at(config.neuron_zeroing_steps, config.cr, config.steps, config.ramp)
-        assert min(config.cr_family) > faded_at > 1
+        at = [cr_at(s, config.cr, config.steps, config.ramp, config.neuron_zeroing_steps) for s in (0, 2000, 2100, 2700)]
+        assert at == pytest.approx([1, 1, 2, 8])
+        assert config.cr_family == (2.0, 3.0, 4.0, 6.0, 8.0)
 
 
 def test_the_reference_recipe_reaches_8_at_step_238_and_16_at_step_510():
@@ -130,11 +131,13 @@ def test_the_published_command_composes():
         (["data=text"], "needs data.path"),
         (["data=text", "data.path=7"], "data.path=7 must be text"),
         (["model=hf"], "use model=hf model.path="),
-        (["method=streaming_llm"], "add trained=all"),
+        (["method=streaming_llm"], "add trained=all or trained=lora"),
         (["method=streaming_llm", "trained=all", "num_sinks=64"], "num_sinks=64 leaves no window"),
         (["predictor=neuron"], "add trained=all"),
         (["predictor=neuron", "trained=all", "granularity=layer"], "decides per KV head"),
-        (["predictor=neuron", "trained=all", "neuron_zeroing_steps=2000"], "neuron_zeroing_steps=2000 are not over"),
+        (["predictor=neuron", "trained=all", "steps=2000", "neuron_zeroing_steps=2000"], "leave nothing of steps=2000"),
+        (["model=qwen3_8b", "trained=all"], "trained=all with model.dtype=bfloat16"),
+        (["trained=lora", "lora_rank=0"], "lora_rank=0 must be at least 1"),
         (["eval.rivals=[snapkv]"], "choose from streaming_llm, tova, h2o, random"),
         (["eval.num_problems=0"], "eval.num_problems=0 must be at least 1"),
         (["ramp=0"], "ramp=0"),
@@ -215,6 +218,8 @@ def test_steps_follow_from_the_target_unless_given():
     assert build("cr=8", "steps_per_cr=100", "ramp=1").steps == 700
     assert build("cr=8", "steps_per_cr=34", "ramp=0.8").steps == 298
     assert build("cr=8", "steps=5").steps == 5
+    neuron = ["predictor=neuron", "trained=all", "neuron_zeroing_steps=50"]
+    assert build("cr=8", "steps_per_cr=100", "ramp=1", *neuron).steps == 750
 
 
 def test_the_family_ends_at_the_target():

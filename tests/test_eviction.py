@@ -128,3 +128,36 @@ def test_padding_never_counts_in_the_retention_loss():
     assert eviction.retention_loss(one, real, 0.5) == eviction.retention_loss(two, real, 0.5)
     assert eviction.retention_loss(one, real, 0.5).item() == pytest.approx(0.3)
     assert eviction.retention_loss(one, real, 0.1) == 0
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(1, 7)), min_size=1, max_size=4), st.integers(1, 9))
+def test_live_slots_are_those_that_the_last_query_of_a_document_sees(runs, window):
+    """Documents as runs of one id (neighbours of equal id are one run); the oracle is the visibility rule itself."""
+    document = torch.tensor([[name for name, length in runs for _ in range(length)]])
+    num_tokens = document.shape[1]
+    evict = torch.rand(1, 2, num_tokens, generator=torch.Generator().manual_seed(num_tokens)) < 0.6
+    if not (document >= 0).any():
+        return
+    first = [i for i in range(num_tokens) if i == 0 or document[0, i] != document[0, i - 1]]
+    unique = torch.tensor([[sum(f <= i for f in first) if document[0, i] >= 0 else -1 for i in range(num_tokens)]])
+    seen = eviction.visible(evict, window, key_document=unique)
+    ends = [i for i in range(num_tokens) if unique[0, i] >= 0 and (i + 1 == num_tokens or unique[0, i + 1] != unique[0, i])]
+    live = seen[0, :, ends].sum(-1).float().mean(0).sum()
+    found = eviction.live_ratio([evict.float()], unique, window)
+    assert found.item() == pytest.approx(((unique >= 0).sum() / live).item())
+
+
+def test_the_schedule_waits_for_its_start():
+    assert eviction.cr_at(50, 8, 150, 1.0, start=50) == 1
+    assert eviction.cr_at(100, 8, 150, 1.0, start=50) == pytest.approx(4.5)
+    assert eviction.cr_at(10, 8, 150, 1.0, start=50) == 1
+
+
+def test_two_sided_retention_also_costs_what_is_too_much():
+    real = torch.ones(1, 2, dtype=torch.bool)
+    one = [torch.tensor([[[0.9, 0.7]]])]
+    assert eviction.retention_loss(one, real, 0.5, "one_sided") == 0
+    assert eviction.retention_loss(one, real, 0.5, "two_sided").item() == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="choose one of one_sided, two_sided"):
+        eviction.retention_loss(one, real, 0.5, "both")

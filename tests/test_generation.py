@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dms_lab import eviction
+from dms_lab.attachment import retrofit
 from dms_lab.generation import generate_greedy
 from dms_lab.policies import FullPolicy, StreamingLLMPolicy
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.retrofit import retrofit
 
 PROMPTS = [list(range(10, 31)), list(range(40, 49)), list(range(100, 133))]
 

@@ -8,7 +8,7 @@ LAYERS = [
     {"eviction", "distillation", "accounting", "pareto", "config"},
     {"attention", "cache"},
     {"policies"},
-    {"retrofit", "checkpoint", "tiny", "generation", "models"},
+    {"structure", "lora", "attention_function", "attachment", "checkpoint", "tiny", "generation", "models"},
     {"training", "evaluation", "results", "plots", "tracking"},
     {"train", "evaluate", "demo", "pretrain", "preview"},
 ]

@@ -1,13 +1,19 @@
 """One retrofit serves every family of the structure, and leaves no trace when it is taken off."""
 
+import math
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import dms_lab
+from dms_lab.attachment import retrofit
+from dms_lab.attention_function import PREDICTOR, Relaxation
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.policies import FullPolicy
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.retrofit import PREDICTOR, Relaxation, retrofit
 
 COMMON = {
     "vocab_size": 97,
@@ -58,9 +64,13 @@ def decide(handle, seed=0):
     """Predictors that evict about half of the tokens."""
     g = torch.Generator().manual_seed(seed)
     for predictor in handle.predictors.values():
-        with torch.no_grad():
-            predictor.weight.copy_(0.002 * torch.randn(predictor.weight.shape, generator=g))
+        if handle.config.predictor == "adapter":
+            with torch.no_grad():
+                predictor.weight.copy_(0.002 * torch.randn(predictor.weight.shape, generator=g))
         predictor.offset = 0.0
+    for name, parameter in handle.model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.normal_(0.0, 0.1, generator=g)
     return handle
 
 
@@ -69,13 +79,17 @@ def last_logits(model, **kwargs):
     return model(**batch(), **kwargs).logits[batch()["attention_mask"].bool()]
 
 
+WAYS = {"adapter": {}, "neuron": {"predictor": "neuron"}, "lora": {"lora_rank": 2}}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_switched_off_and_detached_models_equal_the_original_to_the_bit(family):
+def test_switched_off_and_detached_models_equal_the_original_to_the_bit(family, way):
     model = build(family)
     before = last_logits(model)
     names = set(model.state_dict())
-    handle = decide(retrofit(model, DmsConfig(window=3)))
-    assert any(PREDICTOR in name for name in model.state_dict())
+    handle = decide(retrofit(model, DmsConfig(window=3, **WAYS[way])))
+    assert len(handle.predictors) == 2
     with handle.disabled():
         assert torch.equal(last_logits(model), before)
     assert not torch.equal(last_logits(model), before)
@@ -84,12 +98,14 @@ def test_switched_off_and_detached_models_equal_the_original_to_the_bit(family):
     assert set(model.state_dict()) == names
 
 
-@pytest.mark.parametrize("decided_by", ["self", "next", "delayed"])
+@pytest.mark.parametrize(
+    ("decided_by", "way"),
+    [("self", "adapter"), ("next", "adapter"), ("delayed", "adapter"), ("next", "neuron"), ("next", "lora")],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_step_by_step_over_the_masked_cache_equals_one_forward(family, decided_by):
+def test_step_by_step_over_the_masked_cache_equals_one_forward(family, decided_by, way):
     model = build(family)
-    handle = decide(retrofit(model, DmsConfig(window=3, decided_by=decided_by)))
-    whole = model(**batch()).logits
+    handle = decide(retrofit(model, DmsConfig(window=3, decided_by=decided_by, **WAYS[way])))
     cache = MaskedCache(handle.policy())
     ids, mask = batch()["input_ids"], batch()["attention_mask"]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -145,6 +161,134 @@ def test_gradients_reach_every_predictor_through_checkpointing(family):
     for plain, checkpointed in zip(*grads, strict=True):
         assert plain.abs().sum() > 0
         torch.testing.assert_close(plain, checkpointed)
+
+
+def as_queries(output):
+    """[B, T, H, D] of what a query norm or projection gives; Gemma-3's norm has the heads before the tokens."""
+    if output.ndim == 4 and output.shape[1] == 4:
+        return output.transpose(1, 2)
+    flat = output.reshape(*output.shape[:2], -1)
+    return flat[..., :32].reshape(*flat.shape[:2], 4, 8)
+
+
+def raw_queries(model):
+    """Outputs of the modules that hold the queries before RoPE, [B, T, H, D] a layer, filled by the next forward."""
+    found = []
+
+    def note(module, args, output):
+        found.append(as_queries(output))
+
+    for layer in model.get_decoder().layers:
+        attention = layer.self_attn
+        source = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None) or attention.qkv_proj
+        source.register_forward_hook(note)
+    return found
+
+
+@pytest.mark.parametrize("index", [0, -1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_neuron_predictor_reads_its_element_and_attention_goes_without_it(family, index):
+    """Against the original model, its queries zeroed by other means: before RoPE at their source, after RoPE on arrival."""
+    model, twin = build(family), build(family)
+    found = raw_queries(twin)  # registered first, so it sees the element before it is zeroed
+    for layer in twin.get_decoder().layers:
+        attention = layer.self_attn
+        source = getattr(attention, "q_norm", None) or getattr(attention, "q_proj", None) or attention.qkv_proj
+
+        def zero(module, args, output):
+            output = output.clone()
+            as_queries(output)[:, :, ::2, index] = 0.0  # a view: the first head of each group
+            return output
+
+        source.register_forward_hook(zero)
+    original = twin.config._attn_implementation
+    inner = ALL_ATTENTION_FUNCTIONS.get(original)
+
+    def probe(module, query, *args, **kwargs):
+        query = query.clone()
+        query[:, ::2, :, index] = 0.0
+        if inner is None:
+            import sys
+
+            return sys.modules[type(module).__module__].eager_attention_forward(module, query, *args, **kwargs)
+        return inner(module, query, *args, **kwargs)
+
+    AttentionInterface.register("zeroing_probe", probe)
+    AttentionMaskInterface.register("zeroing_probe", ALL_MASK_ATTENTION_FUNCTIONS[original])
+    twin.set_attn_implementation("zeroing_probe")
+    positions = (batch()["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    expected = last_logits(twin, position_ids=positions)
+
+    config = DmsConfig(window=TOKENS, predictor="neuron", neuron_index=index, scale=3.0, offset=0.5)
+    handle = retrofit(model, config)  # nothing is old enough to go
+    torch.testing.assert_close(last_logits(model, position_ids=positions), expected, rtol=1e-4, atol=1e-5)
+    cache = MaskedCache(handle.policy())
+    last_logits(model, position_ids=positions, past_key_values=cache)
+    real = batch()["attention_mask"].bool()[:, None].expand(-1, 2, -1)
+    for layer, query in zip(cache.layers, found, strict=True):
+        wanted = 3.0 * query[:, :, ::2, index].transpose(1, 2) - 0.5
+        torch.testing.assert_close(layer.state.evict_logit[real], wanted[real], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cleared_neuron_decides_to_keep_everything(family):
+    handle = retrofit(build(family), DmsConfig(window=3, predictor="neuron"))
+    with torch.no_grad():
+        handle.model(**batch(), past_key_values=(before := MaskedCache(handle.policy())))
+        handle.clear_neuron()
+        handle.model(**batch(), past_key_values=(after := MaskedCache(handle.policy())))
+    assert any((layer.state.evict_logit != -5).any() for layer in before.layers)
+    assert all((layer.state.evict_logit == -5).all() for layer in after.layers)
+
+
+def test_gemma3_s_queries_are_told_apart_where_there_are_as_many_tokens_as_heads():
+    model = build("gemma3_text")
+    handle = retrofit(model, DmsConfig(window=1, predictor="neuron", decided_by="self"))
+    ids = batch(padded=False)["input_ids"][:, :5]
+    with torch.no_grad():
+        whole = model(input_ids=ids, past_key_values=(five := MaskedCache(handle.policy()))).logits
+        four = model(input_ids=ids[:, :4], past_key_values=(cache := MaskedCache(handle.policy()))).logits
+    torch.testing.assert_close(four, whole[:, :4])
+    for long, short in zip(five.layers, cache.layers, strict=True):
+        torch.testing.assert_close(short.state.evict_logit, long.state.evict_logit[..., :4], rtol=1e-4, atol=1e-4)
+
+
+def test_in_the_fading_stage_nothing_is_evicted_and_the_element_fades():
+    model = build("llama")
+    handle = decide(retrofit(model, DmsConfig(window=3, predictor="neuron")))
+    ids = batch()["input_ids"]
+
+    def hidden(plan):
+        return model.get_decoder()(input_ids=ids, use_cache=False, dms=plan).last_hidden_state
+
+    with torch.no_grad():
+        whole = hidden(handle.off())
+        kept = [hidden(handle.soft(Relaxation(None, keep, decides=False))) for keep in (1.0, 0.5, 0.0)]
+        torch.testing.assert_close(kept[0], whole, rtol=1e-4, atol=1e-5)
+        assert (kept[1] - whole).abs().max() > 1e-4
+        assert (kept[2] - kept[1]).abs().max() > 1e-4
+        deciding = hidden(handle.soft(Relaxation(None, 0.0)))
+    assert (deciding - kept[2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_and_predictors_get_gradients_and_the_base_none(family):
+    model = build(family).requires_grad_(False)
+    handle = decide(retrofit(model, DmsConfig(window=3, lora_rank=2)))
+    handle.model.get_decoder()(
+        input_ids=batch()["input_ids"], use_cache=False, dms=handle.soft(Relaxation((0, 0, 0, 0)))
+    ).last_hidden_state.square().mean().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained == {n for n, _ in model.named_parameters() if PREDICTOR in n or ".lora_" in n}
+
+
+def test_the_package_offers_its_main_names():
+    model = build("llama")
+    handle = dms_lab.retrofit(model, dms_lab.DmsConfig(window=3))
+    assert model.dms_retrofit is handle
+    assert math.isfinite(last_logits(model, past_key_values=dms_lab.MaskedCache(handle.policy())).sum())
+    with pytest.raises(AttributeError, match="it has retrofit"):
+        dms_lab.attach  # noqa: B018
 
 
 def test_two_retrofitted_models_do_not_disturb_each_other():

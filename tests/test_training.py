@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dms_lab.training import run
 from dms_lab.training.callbacks import GracefulStop
@@ -16,7 +17,7 @@ from dms_lab.training.run import build_module, train
 
 
 def weights(outcome, cr=4):
-    return load_file(outcome.checkpoint(cr) / "dms.safetensors")
+    return load_file(outcome.checkpoint(float(cr)) / "dms.safetensors")
 
 
 def assert_same(one, two):
@@ -24,7 +25,12 @@ def assert_same(one, two):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("changes", [{}, {"trained": "all"}, {"accumulate": 2}, {"data": "text"}])
+NEURON = {"predictor": "neuron", "trained": "all", "neuron_zeroing_steps": 3, "cr_family": (4.0,), "scale": 10.0}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"trained": "all"}, {"trained": "lora"}, {"accumulate": 2}, {"data": "text"}, NEURON | {"steps": 5}]
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_path, monkeypatch, changes, number):
     if changes.get("data") == "text":
@@ -47,7 +53,8 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_
     second = train(make_config(out=str(tmp_path / "cut"), **changes), progress=False)
     assert second.finished
     assert_same(weights(second), weights(whole))
-    assert_same(weights(second, 2), weights(whole, 2))
+    for cr in whole.folder.glob("checkpoints/cr*"):
+        assert_same(weights(second, cr.name[2:]), weights(whole, cr.name[2:]))
 
 
 def test_a_finished_run_is_not_trained_again(make_config):
@@ -61,9 +68,8 @@ def test_metrics_hold_what_is_promised(make_config):
     outcome = train(make_config(), progress=False)
     rows = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
-    assert {"kl", "target_cr", "evicted_soft", "retained_per_head", "tokens_per_second", "peak_memory_bytes"} <= set(
-        rows[0]
-    )
+    promised = "kl lm_loss target_cr cr_soft cr_hard evicted_soft evicted_hard retained_per_head tokens_per_second"
+    assert {*promised.split(), "peak_memory_bytes"} <= set(rows[0])
     assert len(rows[0]["retained_per_head"]) == 2
     assert rows[-1]["target_cr"] == 4.0
 
@@ -73,6 +79,35 @@ def test_only_predictors_are_trained_and_saved_by_default(make_config):
     assert all("dms_predictor" in name for name in module.trained_names)
     saved = weights(train(make_config(), progress=False))
     assert set(saved) == module.trained_names
+
+
+def test_lora_leaves_the_teacher_what_it_was_and_is_saved_with_the_predictors(make_config, base_folder):
+    from dms_lab.checkpoint import load_checkpoint
+
+    base = AutoModelForCausalLM.from_pretrained(base_folder).eval()
+    ids = torch.arange(5, 45)[None]
+    before = base(ids).logits
+    outcome = train(make_config(trained="lora", lr=1e-2), progress=False)
+    saved = weights(outcome)
+    assert {name.split(".")[-1] for name in saved if "lora" not in name} == {"weight", "norm_weight"}
+    assert any(".lora_B." in name and tensor.abs().sum() > 0 for name, tensor in saved.items())
+    handle = load_checkpoint(outcome.checkpoint(4), base)
+    assert all(torch.equal(dict(base.named_parameters())[name], tensor) for name, tensor in saved.items())
+    with handle.disabled():
+        assert torch.equal(base(ids).logits, before)
+    assert not torch.equal(base(ids).logits, before)
+    handle.detach()
+    assert torch.equal(base(ids).logits, before)
+
+
+def test_the_neuron_fades_first_and_evicts_afterwards(make_config):
+    changes = NEURON | {"steps": 20, "neuron_zeroing_steps": 8, "log_every": 1, "ramp": 0.5, "lr": 3e-3}
+    outcome = train(make_config(**changes), progress=False)
+    rows = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["cr_soft"] == 1 and row["target_cr"] == 1 for row in rows[:8])
+    assert [row["target_cr"] for row in rows[8:]] == pytest.approx([1 + 3 * min(1, i / 6) for i in range(12)])
+    assert rows[8]["cr_hard"] == 1  # what the base had in the element is no decision
+    assert rows[-1]["cr_soft"] > 1
 
 
 def test_training_raises_the_evicted_share_towards_the_target(make_config):

@@ -14,12 +14,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dms_lab import accounting, pareto
+from dms_lab.attachment import Retrofit
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.policy import Policy
 from dms_lab.distillation import lm_loss
 from dms_lab.generation import Generated, generate_greedy
 from dms_lab.results import Result
-from dms_lab.retrofit import Retrofit, output_head
+from dms_lab.structure import output_head
 from dms_lab.tiny import corpus, tasks
 from dms_lab.tiny.corpus import Document
 from dms_lab.tiny.tokenizer import END_THINK

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dms_lab import models
+from dms_lab.attachment import Retrofit, retrofit
 from dms_lab.cache.policy import Policy
 from dms_lab.checkpoint import load_checkpoint, read_metadata
 from dms_lab.config import EvalConfig, ModelConfig
 from dms_lab.evaluation import hard
 from dms_lab.policies import HEURISTICS, FullPolicy, StreamingLLMPolicy
 from dms_lab.results import Result
-from dms_lab.retrofit import Retrofit, retrofit
 from dms_lab.tiny import tasks
 from dms_lab.tiny.corpus import Document
 

@@ -34,6 +34,8 @@ class DmsConfig:
     neuron_index: int = -1
     num_sinks: int = 4
     tau: float = 0.1
+    lora_rank: int = 0  # 0: no LoRA on the attention projections
+    lora_alpha: float = 32.0
 
     def __post_init__(self) -> None:
         for name, value, choices in (
@@ -47,8 +49,12 @@ class DmsConfig:
             raise ValueError(f"window={self.window} is too small; it counts the query itself, so use at least 1")
         if not self.tau > 0:
             raise ValueError(f"tau={self.tau} must be above 0; the published recipes use 0.1")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank} must not be negative; 0 means no LoRA, 16 is usual")
         if self.predictor == "neuron" and self.granularity == "layer":
             raise ValueError("the neuron predictor decides per KV head; use granularity=head or predictor=adapter")
+        if self.predictor == "neuron" and self.lora_rank:
+            raise ValueError("the neuron predictor needs the projections themselves trained; use lora_rank=0")
 
 
 class AdapterPredictor(nn.Module):
@@ -81,8 +87,17 @@ class NeuronPredictor(nn.Module):
         group = query.shape[2] // self.num_kv_heads
         return (self.scale * query[:, :, ::group, self.index].float() - self.offset).transpose(1, 2)
 
+    def rows(self, num_heads: int, head_dim: int) -> list[int]:
+        """The outputs of the query projection that this predictor reads, one a KV head."""
+        group = num_heads // self.num_kv_heads
+        return [head * head_dim + self.index % head_dim for head in range(0, num_heads, group)]
+
     def zeroed(self, query: Tensor, keep: float) -> Tensor:
-        """`query` [B, T, H, D] with the element multiplied by `keep` in the first query head of each group."""
+        """`query` [B, T, H, D] with the element multiplied by `keep` in the first query head of each group.
+
+        Applied before and after RoPE, which mixes the element with its partner: while it fades, what the element says to
+        the partner goes with `keep`, what stays in its own place with `keep` squared.
+        """
         factor = torch.ones(query.shape[2:], dtype=query.dtype, device=query.device)
         factor[:: query.shape[2] // self.num_kv_heads, self.index] = keep
         return query * factor

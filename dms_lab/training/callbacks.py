@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dms_lab import eviction
 from dms_lab.checkpoint import save_checkpoint
 from dms_lab.config import TrainConfig
 from dms_lab.tracking import Tracker
@@ -73,8 +72,7 @@ class FamilyCheckpoints(L.Callback):
         if not ends_a_step(trainer, index):
             return
         config, step = self.config, trainer.global_step
-        before = eviction.cr_at(step - 1, config.cr, config.steps, config.ramp)
-        now = eviction.cr_at(step, config.cr, config.steps, config.ramp)
+        before, now = module.objective.cr_at(step - 1), module.objective.cr_at(step)
         for cr in config.cr_family:
             if (before < cr <= now and cr < config.cr) or (cr == config.cr and step == config.steps):
                 self._save(module, cr, step)
@@ -126,27 +124,27 @@ class GracefulStop(L.Callback):
 
 
 class ProgressBar(L.Callback):
-    """A bar with target CR, evicted share, KL and the time left."""
+    """A bar with the measured and the wanted CR, KL and the time left."""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._bar = Progress(
             TextColumn("[bold]retrofit"),
             BarColumn(),
-            TextColumn("{task.completed}/{task.total}  CR {task.fields[cr]:.2f}  evicted {task.fields[evicted]:.2f}"),
+            TextColumn("{task.completed}/{task.total}  CR {task.fields[cr]:.2f} of {task.fields[target]:.2f}"),
             TextColumn("KL {task.fields[kl]:.4f}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         self._bar.start()
-        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, cr=1, evicted=0, kl=0)
+        self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, cr=1, target=1, kl=0)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
         last = module.last
         self._bar.update(
             self._task,
             completed=trainer.global_step,
-            cr=float(last["target_cr"]),
-            evicted=float(last["evicted_soft"]),
+            cr=float(last["cr_hard"]),
+            target=float(last["target_cr"]),
             kl=float(last["kl"]),
         )
 

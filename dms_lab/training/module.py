@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dms_lab import distillation, eviction
+from dms_lab.attachment import Retrofit, retrofit
+from dms_lab.attention_function import PREDICTOR, ForwardPlan, Relaxation
 from dms_lab.checkpoint import trained_parameters
-from dms_lab.retrofit import PREDICTOR, Relaxation, Retrofit, output_head, retrofit
+from dms_lab.structure import output_head
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Objective:
     steps: int
     ramp: float = 0.8
     count: str = "live"
+    retention: str = "one_sided"
     retention_weight: float = 1.0
     kl_direction: str = "forward"
     neuron_zeroing_steps: int = 0
@@ -36,6 +39,15 @@ class Objective:
     seed: int = 0
     attention: str = "auto"
     chunk_tokens: int = 1024
+    lm_loss_every: int = 1
+
+    def cr_at(self, step: int) -> float:
+        """Compression ratio aimed at in `step`; it starts to rise when the neuron, if there is one, has faded."""
+        return eviction.cr_at(step, self.cr, self.steps, self.ramp, self.neuron_zeroing_steps)
+
+    def neuron_keep(self, step: int) -> float:
+        """What is left of the neuron in `step`."""
+        return max(0.0, 1.0 - step / self.neuron_zeroing_steps) if self.neuron_zeroing_steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class RetrofitModule(L.LightningModule):
         self.strict_loading = False  # a Lightning checkpoint holds the trained weights alone
         self.model = handle.model
         self.handle, self.objective, self.optimizer = handle, objective, optimizer
-        if trained != "adapter" and teacher is None:
+        if trained == "all" and teacher is None:
             raise ValueError(f"trained={trained!r} moves the base weights, so a frozen copy must be given as teacher")
         # In a list, so that Lightning neither registers nor saves it.
         self._teacher = [retrofit(teacher.requires_grad_(False).eval(), None)] if teacher is not None else []
@@ -107,13 +119,15 @@ class RetrofitModule(L.LightningModule):
 
     def loss(self, batch: dict[str, Tensor], step: int, micro_batch: int = 0) -> Tensor:
         """Distillation plus retention loss of one packed batch; what was measured on the way is left in `last`."""
-        cr = eviction.cr_at(step, self.objective.cr, self.objective.steps, self.objective.ramp)
-        document = batch["document"]
-        real = document >= 0
+        objective, document = self.objective, batch["document"]
+        cr, real = objective.cr_at(step), document >= 0
+        if step == objective.neuron_zeroing_steps and micro_batch == 0:
+            self.handle.clear_neuron()
         relaxation = Relaxation(
-            noise_key=(self.objective.seed, step, micro_batch, self.global_rank),
-            neuron_keep=self._neuron_keep(step),
-            backend=self.objective.attention,
+            noise_key=(objective.seed, step, micro_batch, self.global_rank),
+            neuron_keep=objective.neuron_keep(step),
+            decides=step >= objective.neuron_zeroing_steps,
+            backend=objective.attention,
         )
         with torch.no_grad():
             teacher_handle = self._teacher[0] if self._teacher else self.handle
@@ -124,25 +138,44 @@ class RetrofitModule(L.LightningModule):
             teacher_hidden[real],
             output_head(self.model),
             output_head(teacher_handle.model),
-            direction=self.objective.kl_direction,
-            chunk_tokens=self.objective.chunk_tokens,
+            direction=objective.kl_direction,
+            chunk_tokens=objective.chunk_tokens,
         )
         target = self._target(cr, document)
         probabilities = [relaxation.evict_probability[i] for i in sorted(relaxation.evict_probability)]
-        retention = eviction.retention_loss(probabilities, real, target)
-        evicted = torch.stack([_mean_over_real(p.detach(), real) for p in probabilities])  # [L, K or 1]
-        self.last = {
+        retention = eviction.retention_loss(probabilities, real, target, objective.retention)
+        is_due = (step + 1) % objective.lm_loss_every == 0 or step + 1 == objective.steps
+        self._measure(batch, relaxation, hidden.detach() if is_due else None)
+        self.last |= {
             "kl": kd.detach(),
             "retention_loss": retention.detach(),
             "target_cr": torch.tensor(cr),
             "evict_target": torch.tensor(target),
-            "evicted_soft": evicted.mean(),
+        }
+        return kd + objective.retention_weight * retention
+
+    @torch.no_grad()
+    def _measure(self, batch: dict[str, Tensor], relaxation: Relaxation, hidden: Tensor | None) -> None:
+        """Leaves in `last` what the decisions of this batch were, relaxed and hard, and the loss of `hidden`."""
+        document, window = batch["document"], self.handle.config.window
+        real = document >= 0
+        soft, hard = (
+            [found[i].detach().float() for i in sorted(found)] for found in (relaxation.evict_probability, relaxation.evict)
+        )
+        self.last_evicted = torch.stack([_mean_over_real(e, real) for e in hard])  # [L, K or 1]
+        self.last = {
+            "cr_soft": eviction.live_ratio(soft, document, window),
+            "cr_hard": eviction.live_ratio(hard, document, window),
+            "evicted_soft": torch.stack([_mean_over_real(e, real).mean() for e in soft]).mean(),
+            "evicted_hard": self.last_evicted.mean(),
             "tokens": real.sum(),
         }
-        self.last_evicted = evicted
-        return kd + self.objective.retention_weight * retention
+        if hidden is not None:
+            follows = real[:, 1:] & (document[:, 1:] == document[:, :-1])
+            labels = batch["ids"][:, 1:][follows]
+            self.last["lm_loss"] = distillation.lm_loss(hidden[:, :-1][follows], labels, output_head(self.model))
 
-    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], plan: Any) -> Tensor:
+    def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], plan: ForwardPlan) -> Tensor:
         # The all-ones mask keeps transformers from building a T x T mask for packed positions: the plan knows better.
         return model.get_decoder()(
             input_ids=batch["ids"],
@@ -152,18 +185,10 @@ class RetrofitModule(L.LightningModule):
             dms=plan,
         ).last_hidden_state
 
-    def _neuron_keep(self, step: int) -> float:
-        stage = self.objective.neuron_zeroing_steps
-        return max(0.0, 1.0 - step / stage) if stage else 0.0
-
     def _target(self, cr: float, document: Tensor) -> float:
         """Wanted share of evicted decisions, for the documents that this batch really holds."""
-        window = self.handle.config.window
-        lengths = torch.cat([torch.unique_consecutive(row, return_counts=True)[1] for row in document])
-        ids = torch.cat([torch.unique_consecutive(row) for row in document])
-        lengths = lengths[ids >= 0]
-        old = (lengths - window).clamp(min=0).sum()
-        return eviction.evict_target(cr, int(lengths.sum()), max(1, int(old)), self.objective.count)
+        num_tokens, num_old = (document >= 0).sum(), eviction.old_tokens(document, self.handle.config.window).sum()
+        return eviction.evict_target(cr, int(num_tokens), int(num_old), self.objective.count)
 
 
 def _mean_over_real(probability: Tensor, real: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import lightning as L
 import torch
 
 from dms_lab import models
+from dms_lab.attachment import retrofit
 from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.retrofit import retrofit
 from dms_lab.tracking import Tracker
 from dms_lab.training.callbacks import LAST, FamilyCheckpoints, GracefulStop, JsonlMetrics, ProgressBar
 from dms_lab.training.data import RetrofitData
@@ -37,9 +37,17 @@ class Outcome:
 
 def policy_config(config: TrainConfig) -> DmsConfig:
     """The policy of a run. A fine-tuned window of CR c keeps context / c tokens: its sinks and the rest as window."""
+    lora_rank = config.lora_rank if config.trained == "lora" else 0
     if config.method == "streaming_llm":
         budget = round(config.context / config.cr)
-        return DmsConfig(window=budget - config.num_sinks, predictor="sinks", num_sinks=config.num_sinks, tau=config.tau)
+        return DmsConfig(
+            window=budget - config.num_sinks,
+            predictor="sinks",
+            num_sinks=config.num_sinks,
+            tau=config.tau,
+            lora_rank=lora_rank,
+            lora_alpha=config.lora_alpha,
+        )
     return DmsConfig(
         window=config.window,
         predictor=config.predictor,
@@ -49,6 +57,8 @@ def policy_config(config: TrainConfig) -> DmsConfig:
         offset=config.offset,
         neuron_index=config.neuron_index,
         tau=config.tau,
+        lora_rank=lora_rank,
+        lora_alpha=config.lora_alpha,
     )
 
 
@@ -56,7 +66,7 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
     """The training module over a freshly loaded base model, and the fingerprint of its weights."""
     model = models.load_base(config.model)
     base = fingerprint(model)
-    teacher = copy.deepcopy(model) if config.trained != "adapter" else None
+    teacher = copy.deepcopy(model) if config.trained == "all" else None
     handle = retrofit(model, policy_config(config))
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -65,12 +75,14 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         steps=config.steps,
         ramp=config.ramp,
         count=config.count,
+        retention=config.retention,
         retention_weight=config.retention_weight,
         kl_direction=config.kl_direction,
         neuron_zeroing_steps=config.neuron_zeroing_steps,
         accumulate=config.accumulate,
         seed=config.seed,
         attention=config.attention,
+        lm_loss_every=config.log_every,
     )
     optimizer = Optimizer(config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps)
     return RetrofitModule(handle, teacher, config.trained, objective, optimizer), base

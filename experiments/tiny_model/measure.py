@@ -2,11 +2,11 @@
 
 import torch
 
+from dms_lab.attachment import retrofit
 from dms_lab.config import ModelConfig
 from dms_lab.evaluation import hard
 from dms_lab.models import load_base, load_tokenizer
 from dms_lab.policies import FullPolicy, StreamingLLMPolicy
-from dms_lab.retrofit import retrofit
 from dms_lab.tiny import tasks
 
 torch.set_num_threads(1)

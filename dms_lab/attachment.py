@@ -1,0 +1,215 @@
+"""Attaches eviction to a Hugging Face causal LM, and takes it off again, without a copy of its modeling code.
+
+    base model     pre-hook: adds `dms` = ForwardPlan (off, soft or hard; documents from the padding mask)
+     decoder layer pre-hook: adds `dms_residual`, the layer's input before its norm
+      attention    q, k, v, RoPE as ever -> registered attention function -> plan -> soft attention or the cache's policy
+
+Both keywords travel through the model's own `**kwargs`, so nothing is global and two models never meet. The attention
+implementation is registered once per original one, under its own name ("dms_lab_sdpa"), with the mask function of the
+original: with eviction off the original function gets its original arguments, and the logits are equal to the bit.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dms_lab.attention_function import PREDICTOR, QUERY, ForwardPlan, Relaxation, register
+from dms_lab.cache.masked import MaskedCache
+from dms_lab.lora import attach_lora, detach_lora, switch_lora
+from dms_lab.policies.dms import AdapterPredictor, DmsConfig, DmsPolicy, NeuronPredictor
+from dms_lab.structure import decoder_layers, find_attentions, num_kv_heads, query_projection, query_source
+
+
+class Retrofit:
+    """The attachment of one policy to one model. Made by `retrofit`, ended by `detach`."""
+
+    def __init__(self, model: PreTrainedModel, config: DmsConfig | None) -> None:
+        self.model, self.config = model, config
+        self.enabled = True
+        self.attentions = find_attentions(model)
+        self._original = model.config._attn_implementation
+        self._hooks: list[Any] = []
+        self._lora: list[nn.Module] = []
+        self._base = model.get_decoder()
+        self._attach()
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+    def _attach(self) -> None:
+        if self.config is not None and self.config.lora_rank:
+            self._lora = attach_lora(self.model, self.attentions, self.config.lora_rank, self.config.lora_alpha)
+        for attention in self.attentions:
+            predictor = self._build_predictor(attention)
+            if predictor is not None:
+                attention.add_module(PREDICTOR, predictor)
+            if isinstance(predictor, NeuronPredictor):
+                self._hooks.append(attention.register_forward_pre_hook(_announce_neuron, with_kwargs=True))
+                self._hooks.append(query_source(attention).register_forward_hook(_capture_query(attention)))
+        for layer in decoder_layers(self._base):
+            self._hooks.append(layer.register_forward_pre_hook(_pass_residual, with_kwargs=True))
+        self._hooks.append(self._base.register_forward_pre_hook(self._plan_forward, with_kwargs=True))
+        self.model.set_attn_implementation(register(self._original))
+
+    def _build_predictor(self, attention: nn.Module) -> nn.Module | None:
+        if self.config is None or self.config.predictor == "sinks":
+            return None
+        heads = num_kv_heads(attention)
+        weight = next(attention.parameters())
+        if self.config.predictor == "neuron":
+            return NeuronPredictor(heads, self.config)
+        outputs = heads if self.config.granularity == "head" else 1
+        eps = getattr(attention.config, "rms_norm_eps", None) or 1e-6
+        # Trained in float32 whatever the base's dtype: a step of a bfloat16 weight would be rounded away.
+        predictor = AdapterPredictor(attention.config.hidden_size, outputs, self.config, eps)
+        return predictor.to(weight.device)
+
+    def detach(self) -> PreTrainedModel:
+        """Takes hooks and predictors off; the model computes what it computed before, to the bit. Returns the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for attention in self.attentions:
+            if hasattr(attention, PREDICTOR):
+                delattr(attention, PREDICTOR)
+        detach_lora(self.attentions)
+        self.model.set_attn_implementation(self._original)
+        del self.model.dms_retrofit
+        return self.model
+
+    # -- using -------------------------------------------------------------------------------------------------------
+    @property
+    def predictors(self) -> dict[int, nn.Module]:
+        """The predictor of each layer index; empty for policies without one."""
+        found = ((a.layer_idx, getattr(a, PREDICTOR, None)) for a in self.attentions)
+        return {index: predictor for index, predictor in found if predictor is not None}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, plain forwards run the original model."""
+        self.enabled, before = False, self.enabled
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def policy(self) -> DmsPolicy:
+        """The learned policy with hard decisions, for a cache."""
+        if self.config is None or self.config.predictor == "sinks":
+            raise ValueError("this model was retrofitted without a predictor, so it has no learned policy")
+        return DmsPolicy(self.config)
+
+    @torch.no_grad()
+    def clear_neuron(self) -> None:
+        """Zeroes what the projections put into the neuron predictor's element, so that its decisions start from keep.
+
+        For the end of the stage in which the element fades: attention does without it then, and whatever the base model
+        had there would be read as decisions. Nothing happens for other predictors.
+        """
+        for attention in self.attentions:
+            predictor = getattr(attention, PREDICTOR, None)
+            if isinstance(predictor, NeuronPredictor):
+                projection = query_projection(attention)
+                rows = predictor.rows(attention.config.num_attention_heads, attention.head_dim)
+                projection.weight[rows] = 0.0
+                if projection.bias is not None:
+                    projection.bias[rows] = 0.0
+
+    def _plan_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if kwargs.get("dms") is None:
+            kwargs = kwargs | {"dms": self._plan(kwargs)}
+        switch_lora(self._lora, kwargs["dms"].mode != "off")
+        return args, kwargs
+
+    def _plan(self, kwargs: dict) -> ForwardPlan:
+        """The plan of a forward that was given none: by the cache it got, and by whether eviction is switched on."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, MaskedCache):
+            mode = "hard"
+        elif self.enabled and self.config is not None and cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"a retrofitted model was given a {type(cache).__name__} with tokens in it, which keeps no decisions; "
+                "pass past_key_values=MaskedCache(policy), or run the original model inside `with handle.disabled():`"
+            )
+        else:
+            mode = "hard" if self.enabled and self.config is not None else "off"
+        document = _document_from_mask(mask) if mode == "hard" else None
+        return ForwardPlan(mode, self.config, document, cache=cache if isinstance(cache, MaskedCache) else None)
+
+    def off(self, document: Tensor | None = None) -> ForwardPlan:
+        """The plan of the original model over packed documents [B, T]: the teacher."""
+        return ForwardPlan("off", self.config, document)
+
+    def soft(self, relaxation: Relaxation, document: Tensor | None = None) -> ForwardPlan:
+        """The plan of a training forward over packed documents [B, T]: the student."""
+        return ForwardPlan("soft", self.config, document, relaxation)
+
+
+def retrofit(model: PreTrainedModel, config: DmsConfig | None) -> Retrofit:
+    """Attaches eviction to `model` in place and returns the handle; `config=None` attaches the seam without a predictor.
+
+    Without a predictor the model serves caches of the other policies, and runs as the original otherwise. A plain
+    forward of a model with one applies hard decisions; `handle.disabled()` is the original model. Raises `ValueError`
+    if the model is already retrofitted or its attention is of a kind that cannot be served (see `find_attentions`).
+    """
+    if getattr(model, "dms_retrofit", None) is not None:
+        raise ValueError("this model is already retrofitted; call model.dms_retrofit.detach() first")
+    handle = Retrofit(model, config)
+    model.dms_retrofit = handle
+    return handle
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+def _pass_residual(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    residual = args[0] if args else kwargs["hidden_states"]
+    return args, kwargs | {"dms_residual": residual}
+
+
+def _announce_neuron(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    module.__dict__["_dms_neuron_keep"] = kwargs["dms"].neuron_keep
+
+
+def _capture_query(attention: nn.Module):
+    """A forward hook that notes the queries before RoPE and fades or zeroes the neuron in what goes on."""
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        keep = attention.__dict__.get("_dms_neuron_keep")
+        if keep is None:
+            return output
+        heads, width = attention.config.num_attention_heads, attention.head_dim
+        if _heads_first(args[0], output, heads):
+            query = output.transpose(1, 2)
+            attention.__dict__[QUERY] = query
+            return getattr(attention, PREDICTOR).zeroed(query, keep).transpose(1, 2)
+        batch, tokens = output.shape[:2]
+        flat = output.reshape(batch, tokens, -1)
+        query = flat[..., : heads * width].reshape(batch, tokens, heads, width)
+        attention.__dict__[QUERY] = query
+        query = getattr(attention, PREDICTOR).zeroed(query, keep).reshape(batch, tokens, -1)
+        return torch.cat([query, flat[..., heads * width :]], -1).reshape(output.shape)
+
+    return hook
+
+
+def _heads_first(x: Tensor, output: Tensor, heads: int) -> bool:
+    """Whether a query norm got [B, H, T, D] (Gemma-3) and not [B, T, H, D] or [B, T, H * D]."""
+    if output.ndim != 4:
+        return False
+    if output.shape[1] != output.shape[2]:
+        return output.shape[1] == heads
+    return x.stride(1) < x.stride(2)  # as many tokens as heads: a transposed view of the projection's output
+
+
+def _document_from_mask(mask: Any) -> Tensor | None:
+    """0 for real tokens, -1 for padding; None if nothing is padded."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise ValueError(
+            "a retrofitted model needs a padding mask of shape [B, S] or none; prepared 4D masks hide what is padding"
+        )
+    if bool(mask.all()):
+        return None
+    return mask.long() - 1
