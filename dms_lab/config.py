@@ -49,13 +49,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where training text comes from. `path` is a file, folder or glob for `text` and `jsonl`, a hub id or folder else."""
+    """Where training text comes from. `path` is a file, folder or glob for `text` and `jsonl`, a hub id or folder else.
+
+    `decontaminate` names evaluation sets (`documents.evaluation_texts`) whose problems `openr1_math` is cleared of.
+    """
 
     kind: str
     path: str | None = None
     extensions: tuple[str, ...] = (".py", ".txt", ".md")
     max_bad_lines: int = 20
     limit: int | None = None
+    decontaminate: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ def validate(config: TrainConfig) -> None:
         _check_neuron(config)
     if config.data.kind in ("text", "jsonl") and not config.data.path:
         raise ValueError(f"data={config.data.kind} needs data.path=<file, folder or glob>")
+    if config.data.decontaminate and config.data.kind != "openr1_math":
+        raise ValueError(f"data.decontaminate is for data=openr1_math; data={config.data.kind} has no problems to compare")
 
 
 def _at(config: TrainConfig, key: str) -> Any:

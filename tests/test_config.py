@@ -36,6 +36,12 @@ def test_every_model_composes_with_a_reachable_default(model):
     assert config.model.name == model
     assert config.context > config.cr * config.window
     assert config.cr_family == (2.0, 4.0, 8.0)
+    assert config.data.kind == ("tiny" if model == "tiny" else "openr1_math")
+
+
+def test_the_command_line_has_the_last_word_over_the_data_of_a_model():
+    assert build("model=qwen3_8b", "data=text", "data.path=x").data.kind == "text"
+    assert build("data=jsonl", "data.path=x", "model=llama32_1b").data.kind == "jsonl"
 
 
 def test_the_issue_s_models_and_published_recipes_are_all_there():

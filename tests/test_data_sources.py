@@ -11,7 +11,7 @@ from dms_lab.config import DataConfig
 from dms_lab.preview import COMPLETION, PROMPT, render
 from dms_lab.tiny.tokenizer import train_tokenizer
 from dms_lab.training import documents
-from dms_lab.training.data import RetrofitData
+from dms_lab.training.data import RetrofitData, held_out_documents
 from dms_lab.training.packing import collate
 
 # As R1's: thoughts of assistant turns are dropped, the generation prompt opens one.
@@ -125,7 +125,7 @@ def test_the_round_trip_check_refuses_a_doubled_thought_and_another_text(tokeniz
     history = [{"role": "user", "content": "2+2?"}]
     prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt + TRACE + tokenizer.eos_token, add_special_tokens=False).input_ids
-    document = documents.Document(ids, [True] * len(ids))
+    document = documents.Document(ids)
     with pytest.raises(ValueError, match="opens it again"):
         documents.check_round_trip(document, prompt, TRACE, tokenizer)
     with pytest.raises(ValueError, match="trace back"):
@@ -163,7 +163,7 @@ def test_problems_of_an_evaluation_set_are_removed_and_counted(tmp_path, tokeniz
         found = list(documents.openr1_documents(str(path), tokenizer, [LONG], documents.BadLines(0)))
     assert len(found) == 1
     assert "2+2?" in parts(found[0], tokenizer)[0]
-    assert "1 problems overlap" in caplog.text
+    assert "1 of 2 problems overlap" in caplog.text
 
 
 def test_twelve_common_words_are_no_contamination():
@@ -195,13 +195,13 @@ def test_a_file_that_is_not_utf8_is_left_out_aloud(tmp_path, tokenizer, caplog):
 def test_batches_of_files_are_full_rows_and_held_out_text_is_not_among_them(make_config, tmp_path, tokenizer):
     rows = [{"prompt": f"question {i}", "completion": "x" * i} for i in range(1, 41)]
     path = write_lines(tmp_path / "a.jsonl", rows)
-    config = dataclasses.replace(make_config(), data=DataConfig("jsonl", str(path)))
+    config = dataclasses.replace(make_config(steps=20), data=DataConfig("jsonl", str(path)))
     data = RetrofitData(config, tokenizer)
     assert data.batch(0)["ids"].shape == (config.batch_size, config.context)
     trained = {tuple(d.ids) for row in data.packed.rows for d in row}
-    assert len(trained) == 38
-    assert len(data.held_out) == 2
-    assert not trained & {tuple(d.ids) for d in data.held_out}
+    held_out = held_out_documents(config, tokenizer, 10**6)
+    assert (len(trained), len(held_out)) == (38, 2)
+    assert not trained & {tuple(d.ids) for d in held_out}
     again = RetrofitData(config, tokenizer)
     again.batch(0)
     assert all(torch.equal(value, again.batch(7)[key]) for key, value in data.batch(7).items())
@@ -215,3 +215,56 @@ def test_the_preview_colours_what_is_learned_and_shows_each_document(tokenizer):
     assert all("2+2?" in piece for piece, style in styled if style == PROMPT)
     assert "document 1" in text.plain
     assert "3 of" in text.plain
+
+
+def problem_config(make_config, path, **data):
+    return dataclasses.replace(make_config(steps=40), data=DataConfig("openr1_math", str(path), **data))
+
+
+def test_openr1_holds_out_whole_problems_and_reads_in_the_order_of_the_seed(make_config, tmp_path, tokenizer):
+    rows = [openr1_row(f"What is {i} plus {i + 1}?", True, True) for i in range(60)]
+    config = problem_config(make_config, write_lines(tmp_path / "a.jsonl", rows))
+    held_out = held_out_documents(config, tokenizer, 10**6)
+    trained = [d for row in RetrofitData(config, tokenizer).packed.rows for d in row]
+    seen, kept = ({parts(d, tokenizer)[0] for d in found} for found in (trained, held_out))
+    assert not seen & kept
+    assert len(seen) + len(kept) == 60
+    assert 0 < len(kept) < 15
+    assert 2 * len(kept) == len(held_out)
+    other = RetrofitData(dataclasses.replace(config, seed=1), tokenizer)
+    assert [d.ids for row in other.packed.rows for d in row] != [d.ids for d in trained]
+
+
+def test_training_is_cleared_of_the_evaluation_sets_it_names(make_config, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [openr1_row(LONG, True), *(openr1_row(f"{i}+2?", True) for i in range(9))])
+    evaluated = write_lines(tmp_path / "aime.jsonl", [{"problem": LONG}])
+    config = problem_config(make_config, path, decontaminate=(f"{evaluated}:problem",))
+    trained = [parts(d, tokenizer)[0] for row in RetrofitData(config, tokenizer).packed.rows for d in row]
+    assert trained
+    assert not any("sum of all positive" in prompt for prompt in trained)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("nobody/nothing@x:problem", "hf download --repo-type dataset nobody/nothing"),
+        ("no column", "<hub id, folder or jsonl file>"),
+        ("{file}:question", "cannot be read"),
+    ],
+)
+def test_an_evaluation_set_that_cannot_be_read_stops_the_run(tmp_path, entry, reason):
+    file = write_lines(tmp_path / "aime.jsonl", [{"problem": LONG}])
+    with pytest.raises(ValueError, match=reason):
+        documents.evaluation_texts([entry.format(file=file)])
+
+
+def test_no_more_is_read_than_the_run_needs(make_config, tmp_path, tokenizer, monkeypatch):
+    for i in range(50):
+        (tmp_path / f"{i}.txt").write_text(f"line {i}\n" * 400)
+    read = []
+    original = documents.Path.read_text
+    monkeypatch.setattr(documents.Path, "read_text", lambda self, **k: read.append(self.name) or original(self, **k))
+    config = dataclasses.replace(make_config(steps=2), data=DataConfig("text", str(tmp_path)))
+    data = RetrofitData(config, tokenizer)
+    assert len(data.packed.rows) == 2 * config.batch_size
+    assert len(read) < 5

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_lab.tiny.corpus import Document
-from dms_lab.training.packing import PackedRows, collate, fit, pack, trim
+from dms_lab.training.packing import PackedRows, collate, compact, fit, pack, trim
 
 PAD = 0
 
@@ -18,7 +18,7 @@ def packings(draw):
     found, first = [], 1
     for size in draw(st.lists(st.integers(1, 60), min_size=1, max_size=40)):
         learned = draw(st.integers(0, size))
-        found.append(Document(list(range(first, first + size)), [False] * (size - learned) + [True] * learned))
+        found.append(Document(list(range(first, first + size)), size - learned))
         first += size
     return found, context
 
@@ -89,7 +89,7 @@ def test_equal_state_gives_equal_batches(packing, drawn, batch_size, seed):
 
 
 def test_every_epoch_draws_every_row_once_in_another_order():
-    rows = [[Document([i], [True])] for i in range(1, 33)]
+    rows = [[Document([i])] for i in range(1, 33)]
     stream = PackedRows(rows, 1, 4, PAD, seed=0)
     epochs = [[i for _ in range(8) for i in next(stream)["ids"].flatten().tolist()] for _ in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(1, 33))
@@ -98,19 +98,27 @@ def test_every_epoch_draws_every_row_once_in_another_order():
 
 def test_a_row_with_room_is_filled_before_a_new_one_is_opened():
     sizes = [6, 6, 4, 4]
-    rows = pack([Document([1] * n, [True] * n) for n in sizes], 10)
+    rows = pack([Document([1] * n) for n in sizes], 10)
     assert [[len(d.ids) for d in row] for row in rows] == [[6, 4], [6, 4]]
 
 
 def test_trimming_drops_the_columns_that_are_padding_everywhere():
-    batch = trim(collate([[Document([1, 2], [True] * 2)], [Document([3], [True])]], 9, PAD))
+    batch = trim(collate([[Document([1, 2])], [Document([3])]], 9, PAD))
     assert batch["ids"].tolist() == [[1, 2], [3, PAD]]
 
 
 def test_what_cannot_be_packed_is_refused_in_a_sentence():
     with pytest.raises(ValueError, match="5 tokens cannot be packed into rows of 4"):
-        pack([Document([1] * 5, [True] * 5)], 4)
+        pack([Document([1] * 5)], 4)
     with pytest.raises(ValueError, match="choose one of cut, split"):
         list(fit([], 4, "drop"))
     with pytest.raises(ValueError, match="at least one document"):
         PackedRows([], 4, 1, PAD, 0)
+
+
+def test_packing_stops_reading_at_the_number_of_rows_asked_for():
+    stream = (Document([i] * 6) for i in range(1, 100))
+    rows = pack(stream, 10, num_rows=5)
+    assert [d.ids[0] for row in rows for d in row] == [1, 2, 3, 4, 5]
+    assert next(stream).ids[0] == 7
+    assert collate(pack(compact([Document([7, 8, 9], 1)]), 4), 4, PAD)["ids"].tolist() == [[7, 8, 9, PAD]]

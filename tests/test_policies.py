@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dms_lab.attention import reference
 from dms_lab.cache.policy import LayerState, Scores
 from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
+from dms_lab.policies.base import live_keys, visible_keys
 
 H, K, T, D = 4, 2, 15, 8
 
@@ -108,3 +111,21 @@ def test_budgets_that_cannot_work_are_refused():
         TovaPolicy(1)
     with pytest.raises(ValueError, match="above its 4 sinks"):
         StreamingLLMPolicy(4)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.integers(1, 12), st.integers(1, 14), st.integers(0, 4), st.one_of(st.none(), st.integers(1, 14)), st.integers(0, 999)
+)
+def test_live_keys_are_the_visible_ones_counted(num_tokens, window, padding, sliding, seed):
+    g = torch.Generator().manual_seed(seed)
+    size = num_tokens + padding
+    evict = torch.rand(2, K, size, generator=g) < 0.6
+    document = torch.zeros(2, size, dtype=torch.long)
+    document[0, :padding] = -1
+    state, key = LayerState(document), torch.zeros(2, K, size, D)
+    for num_queries in (size, 1):
+        query = torch.zeros(2, H, num_queries, D)
+        for decided in (evict, None):
+            seen = visible_keys(decided, window, state, query, key, sliding).sum(-1)
+            assert torch.equal(live_keys(decided, window, state, num_queries, key, sliding), seen)

@@ -8,7 +8,7 @@ from rich.console import Console
 from dms_lab import models, plots, results
 from dms_lab.config import TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
-from dms_lab.training.data import RetrofitData, held_out_documents
+from dms_lab.training.data import held_out_documents
 
 
 def method_name(config: TrainConfig) -> str:
@@ -37,8 +37,7 @@ def evaluate_run(config: TrainConfig, folder: Path, others: dict[tuple[str, floa
         seed=config.seed,
         config_hash=config_hash(config),
     )
-    data = RetrofitData(config, models.load_tokenizer(config.model))
-    held_out = held_out_documents(config, data, config.eval.held_out_tokens)
+    held_out = held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens)
     rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
     console = Console()
     path = folder / results.RESULTS

@@ -6,6 +6,7 @@ Shapes: B batch, Q new queries, S keys seen so far (Q of them new), H query head
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dms_lab import eviction
@@ -27,7 +28,6 @@ class WindowedPolicy(ABC):
     def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         evict = self.evict(state, key)
         window = self.window if self.window is not None else key.shape[2]
-        visible = visible_keys(evict, window, state, query, key, scores.sliding_window)
         if query.shape[2] == key.shape[2]:
             log_keep = None
             if evict is not None:
@@ -48,8 +48,9 @@ class WindowedPolicy(ABC):
                 backend="chunked",
             )
         else:
+            visible = visible_keys(evict, window, state, query, key, scores.sliding_window)
             output, _ = reference.attend(query, key, value, visible, scores.scaling, scores.softcap, scores.sinks)
-        return output, visible.sum(-1)
+        return output, live_keys(evict, window, state, query.shape[2], key, scores.sliding_window)
 
 
 def visible_keys(
@@ -69,6 +70,26 @@ def visible_keys(
     if sliding_window is not None:
         visible = visible & (queries[:, :, None] - positions[:, None, :] < sliding_window)[:, None]
     return visible
+
+
+def live_keys(
+    evict: Tensor | None, window: int, state: LayerState, num_queries: int, key: Tensor, sliding_window: int | None
+) -> Tensor:
+    """How many keys `visible_keys` shows each of the newest queries, [B, K, Q], in linear time; 0 for one that is padding.
+
+    By differences of running sums: what is kept, and what is decided for eviction and still in the window.
+    """
+    num_kv_heads, num_keys = key.shape[1:3]
+    real = state.real(key)[:, None].expand(-1, num_kv_heads, -1)
+    gone = torch.zeros_like(real) if evict is None else evict & real
+
+    def of_the_last(marked: Tensor, width: int) -> Tensor:
+        total = F.pad(marked.long().cumsum(-1), (1, 0))
+        return total[:, :, 1:] - total[:, :, (torch.arange(1, num_keys + 1, device=key.device) - width).clamp(min=0)]
+
+    wide = num_keys if sliding_window is None else sliding_window
+    live = of_the_last(real & ~gone, wide) + of_the_last(gone, min(window, wide))
+    return (live * real)[:, :, num_keys - num_queries :]
 
 
 class RankedPolicy(ABC):

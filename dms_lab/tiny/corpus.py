@@ -3,12 +3,13 @@
     Problem --chat template--> <|im_start|>user ... <think> thought </think> answer <|im_end|>
     code    ------------------> <|begin|> text
 
-A `Document` carries for each token whether it belongs to what the assistant writes (thought, answer, end of turn).
+A `Document` knows where what the assistant writes begins (thought, answer, end of turn).
 """
 
 import hashlib
 import random
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,15 @@ from dms_lab.tiny.tokenizer import BEGIN, END, END_THINK
 
 @dataclass(frozen=True)
 class Document:
-    """`ids` and `is_completion` have one entry a token; the latter is True where the assistant speaks."""
+    """`ids` of `num_prompt` tokens of prompt, then of what the assistant says (of plain text: all)."""
 
-    ids: list[int]
-    is_completion: list[bool]
+    ids: Sequence[int]
+    num_prompt: int = 0
+
+    @property
+    def is_completion(self) -> list[bool]:
+        """One entry a token, True where the assistant speaks."""
+        return [index >= self.num_prompt for index in range(len(self.ids))]
 
 
 def encode_prompt(problem: tasks.Problem, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -38,13 +44,13 @@ def encode_problem(problem: tasks.Problem, tokenizer: PreTrainedTokenizerBase) -
     prompt = encode_prompt(problem, tokenizer)
     completion = f"{problem.thought}{END_THINK}{problem.answer}{END}"
     completion_ids = tokenizer(completion, add_special_tokens=False).input_ids
-    return Document(prompt + completion_ids, [False] * len(prompt) + [True] * len(completion_ids))
+    return Document(prompt + completion_ids, len(prompt))
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> Document:
     """Plain text after a begin token, cut to `num_tokens`; all of it counts as completion."""
     ids = tokenizer(BEGIN + text, add_special_tokens=False).input_ids[:num_tokens]
-    return Document(ids, [True] * len(ids))
+    return Document(ids)
 
 
 def standard_library_files(held_out: bool) -> list[Path]:

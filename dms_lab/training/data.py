@@ -7,9 +7,8 @@ The Lightning loader only counts steps; the training step asks for its batch by 
 
 import logging
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -21,63 +20,31 @@ from dms_lab.config import TrainConfig
 from dms_lab.tiny import corpus
 from dms_lab.tiny.corpus import Document
 from dms_lab.training import documents
-from dms_lab.training.packing import PackedRows, collate, fit, pack, trim
+from dms_lab.training.packing import PackedRows, collate, compact, fit, pack, trim
 
 _log = logging.getLogger(__name__)
 
 
 class RetrofitData(L.LightningDataModule):
-    """Training rows of `config.data` for one tokenizer. Reads all files at construction, so errors come early.
+    """Training rows of `config.data` for one tokenizer. Reads what the run needs at construction, so errors come early.
 
-    `evaluated` holds the texts of evaluation problems, which OpenR1-Math is cleared of. `long_documents` says what
-    becomes of a chat or trace beyond the context: `cut` or `split`.
+    `long_documents` says what becomes of a chat or trace beyond the context: `cut` or `split`.
     """
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        evaluated: Sequence[str] = (),
-        long_documents: str = "cut",
-    ) -> None:
+    def __init__(self, config: TrainConfig, tokenizer: PreTrainedTokenizerBase, long_documents: str = "cut") -> None:
         super().__init__()
         self.config, self.tokenizer = config, tokenizer
-        self.held_out: list[Document] = []
-        self.bad = documents.BadLines(config.data.max_bad_lines)
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._code: list[str] = []
         self.packed: PackedRows | None = None
         if config.data.kind == "tiny":
             self._code = corpus.standard_library(held_out=False)
             return
-        found = list(islice(fit(self._read(evaluated), config.context, long_documents), config.data.limit))
-        if not found:
+        found = islice(fit(_training_documents(config, tokenizer), config.context, long_documents), config.data.limit)
+        rows = pack(compact(found), config.context, config.steps * config.accumulate * config.batch_size)
+        if not rows:
             raise ValueError(f"data={config.data.kind} data.path={config.data.path} holds no document to train on")
-        rows = pack(found, config.context)
         self.packed = PackedRows(rows, config.context, config.batch_size, self._pad, config.seed)
-
-    def _read(self, evaluated: Sequence[str]) -> Iterable[Document]:
-        data, tokenizer, context = self.config.data, self.tokenizer, self.config.context
-        if data.kind == "openr1_math":
-            return documents.openr1_documents(data.path, tokenizer, evaluated, self.bad)
-        if data.kind == "jsonl":
-            found = list(documents.chat_documents(documents.text_files(data.path, (".jsonl",)), tokenizer, self.bad))
-            return self._hold_out_last(found, context)
-        training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
-        if not held_out:
-            return self._hold_out_last(list(documents.text_documents(training, tokenizer, context)), context)
-        self.held_out = list(documents.text_documents(held_out, tokenizer, context))
-        return documents.text_documents(training, tokenizer, context)
-
-    def _hold_out_last(self, found: list[Document], context: int) -> list[Document]:
-        """All but the last twentieth (at least one document), which is held out; a lone document serves both, aloud."""
-        if len(found) == 1:
-            _log.warning("%s holds one document alone: held-out figures are of text trained on", self.config.data.path)
-            self.held_out = list(fit(found, context))
-            return found
-        num_held_out = max(1, len(found) // 20)
-        self.held_out = list(fit(found[-num_held_out:], context))
-        return found[:-num_held_out]
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
         """The batch of a micro-step on a rank, on the CPU. Rows of files are `context` wide, generated ones trimmed."""
@@ -96,16 +63,56 @@ class RetrofitData(L.LightningDataModule):
         return DataLoader(torch.arange(self.config.steps * self.config.accumulate), batch_size=None)
 
 
-def held_out_documents(config: TrainConfig, data: RetrofitData, num_tokens: int) -> list[Document]:
-    """Held-out plain text of about `num_tokens` tokens in documents of the context's length."""
-    found = data.held_out
-    if config.data.kind == "tiny":
-        files = [Path(p) for p in corpus.standard_library_files(held_out=True)]
-        found = list(documents.text_documents(files, data.tokenizer, config.context))
-    total, kept = 0, []
-    for document in found:
-        if total >= num_tokens:
+def held_out_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[Document]:
+    """Held-out text of about `num_tokens` tokens in documents of at most the context's length."""
+    kept: list[Document] = []
+    for document in fit(_held_out(config, tokenizer), config.context):
+        if sum(len(d.ids) for d in kept) >= num_tokens:
             break
         kept.append(document)
-        total += len(document.ids)
     return kept
+
+
+# -- training and held-out documents of each source -------------------------------------------------------------------
+def _training_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterable[Document]:
+    """Documents to train on, read as they are asked for; files and problems in an order drawn from the seed."""
+    data, bad = config.data, documents.BadLines(config.data.max_bad_lines)
+    if data.kind == "openr1_math":
+        evaluated = documents.evaluation_texts(data.decontaminate)
+        return documents.openr1_documents(data.path, tokenizer, evaluated, bad, seed=config.seed)
+    if data.kind == "jsonl":
+        return _split_last(_chats(config, tokenizer, bad), data.path)[0]
+    training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
+    if not held_out:
+        return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[0]
+    random.Random(f"{config.seed} files").shuffle(training)
+    return documents.text_documents(training, tokenizer, config.context)
+
+
+def _held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterable[Document]:
+    """Documents that `_training_documents` never gives (of a lone document: the same one, which it says aloud)."""
+    data, bad = config.data, documents.BadLines(config.data.max_bad_lines)
+    if data.kind == "tiny":
+        return documents.text_documents(corpus.standard_library_files(held_out=True), tokenizer, config.context)
+    if data.kind == "openr1_math":
+        return documents.openr1_documents(data.path, tokenizer, [], bad, held_out=True)
+    if data.kind == "jsonl":
+        return _split_last(_chats(config, tokenizer, bad), data.path)[1]
+    training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
+    if not held_out:
+        return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[1]
+    random.Random("held-out files").shuffle(held_out)
+    return documents.text_documents(held_out, tokenizer, config.context)
+
+
+def _chats(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, bad: documents.BadLines) -> list[Document]:
+    return list(documents.chat_documents(documents.text_files(config.data.path, (".jsonl",)), tokenizer, bad))
+
+
+def _split_last(found: list[Document], place: str) -> tuple[list[Document], list[Document]]:
+    """All but the last twentieth (at least one document), and that; a lone document is both."""
+    if len(found) == 1:
+        _log.warning("%s holds one document alone: held-out figures are of text trained on", place)
+        return found, found
+    num_held_out = max(1, len(found) // 20)
+    return found[:-num_held_out], found[-num_held_out:]

@@ -1,6 +1,6 @@
 """Documents to train on, from generated problems, text files, chats and reasoning traces.
 
-    source -> Document(ids, is_completion) -> packing.fit -> packing.pack
+    source -> Document(ids, num_prompt) -> packing.fit -> packing.pack
 
 Text comes in pieces of at most the context; chats and traces in full length. Bad lines of a jsonl file are reported
 with file and line, counted, and end the run above a limit.
@@ -31,11 +31,13 @@ def tiny_document(rng: random.Random, tokenizer: PreTrainedTokenizerBase, contex
     """A generated problem that fills the context, or, one time in sixteen, an excerpt of source code."""
     if rng.random() < 0.0625:
         return corpus.encode_text(corpus.excerpt(code, rng, 4 * context), tokenizer, context)
-    while True:  # in a short context a problem with many steps may not fit
-        problem = tasks.make_problem(rng.choice(tasks.FAMILIES), rng, context)
+    length = context
+    while True:  # many steps in a short context, or a tokenizer that needs more tokens than the embedded one
+        problem = tasks.make_problem(rng.choice(tasks.FAMILIES), rng, length)
         document = corpus.encode_problem(problem, tokenizer)
         if len(document.ids) <= context:
             return document
+        length = int(0.9 * length)
 
 
 # -- text files -----------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def text_files(path: str, extensions: tuple[str, ...]) -> list[Path]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a file is kept for evaluation: one in ten, by a hash of its path relative to the folder searched."""
+    """Whether something of that name (a relative path, a problem's text) is kept for evaluation: one in ten, by a hash."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
 
 
@@ -92,7 +94,7 @@ def text_documents(files: list[Path], tokenizer: PreTrainedTokenizerBase, contex
         for start in range(0, len(ids), room):
             piece = begin + ids[start : start + room]
             if len(piece) >= 32:
-                yield Document(piece, [True] * len(piece))
+                yield Document(piece)
 
 
 # -- chats ----------------------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def _encode_row(row: object, tokenizer: PreTrainedTokenizerBase) -> Document:
         return encode_trace([{"role": "user", "content": row["prompt"]}], row["completion"], tokenizer)
     if isinstance(row.get("text"), str) and row["text"]:
         ids = tokenizer(row["text"], add_special_tokens=False).input_ids
-        return Document(ids, [True] * len(ids))
+        return Document(ids)
     raise ValueError("a line needs `messages`, or `prompt` and `completion`, or `text`")
 
 
@@ -159,7 +161,7 @@ def encode_trace(history: list[dict], trace: str, tokenizer: PreTrainedTokenizer
     prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     trace_ids = tokenizer(trace, add_special_tokens=False).input_ids
     ids = prompt_ids + trace_ids + [tokenizer.eos_token_id]
-    document = Document(ids, [False] * len(prompt_ids) + [True] * (len(trace_ids) + 1))
+    document = Document(ids, len(prompt_ids))
     check_round_trip(document, prompt, trace, tokenizer)
     return document
 
@@ -182,44 +184,86 @@ def check_round_trip(document: Document, prompt: str, trace: str, tokenizer: Pre
 
 # -- OpenR1-Math ----------------------------------------------------------------------------------------------------
 def openr1_documents(
-    path: str | None, tokenizer: PreTrainedTokenizerBase, evaluated: Sequence[str], bad: BadLines
+    path: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluated: Sequence[str],
+    bad: BadLines,
+    held_out: bool = False,
+    seed: int = 0,
 ) -> Iterator[Document]:
-    """Every correct trace (`correctness_math_verify`) of open-r1/OpenR1-Math-220k, decontaminated.
+    """Every correct trace (`correctness_math_verify`) of open-r1/OpenR1-Math-220k, decontaminated, in an order of `seed`.
 
-    `path` is a hub id, a local folder or a jsonl file of that schema. A problem that shares a run of 13 words with a
-    text in `evaluated` is left out; how many were is logged. `ValueError` if the data cannot be had.
+    `path` is a hub id, a local folder or a jsonl file of that schema. One problem in ten is held out: `held_out` selects
+    those or all others. A problem that shares a run of 13 words with a text in `evaluated` is left out; how many of those
+    read were is logged. `ValueError` if the data cannot be had.
     """
     path = path or OPENR1_MATH
     evaluation_runs = {run for text in evaluated for run in word_runs(text)}
-    removed = 0
-    for number, row in enumerate(_openr1_rows(path)):
-        if evaluation_runs & word_runs(row["problem"]):
-            removed += 1
-            continue
-        history = [{"role": "user", "content": row["problem"]}]
-        for trace, correct in zip(row["generations"], row["correctness_math_verify"] or [], strict=False):
-            if not correct:
+    removed = read = 0
+    try:
+        for number, row in enumerate(_openr1_rows(path).shuffle(seed=seed)):
+            if is_held_out(row["problem"]) is not held_out:
                 continue
-            try:
-                yield encode_trace(history, trace, tokenizer)
-            except (ValueError, TemplateError) as error:
-                bad.report(f"{path}: row {number}", str(error))
-    level = logging.WARNING if removed else logging.INFO
-    _log.log(level, "%s: %d problems overlap with an evaluation set and were left out", path, removed)
+            read += 1
+            if evaluation_runs & word_runs(row["problem"]):
+                removed += 1
+                continue
+            history = [{"role": "user", "content": row["problem"]}]
+            for trace, correct in zip(row["generations"], row["correctness_math_verify"] or [], strict=False):
+                if not correct:
+                    continue
+                try:
+                    yield encode_trace(history, trace, tokenizer)
+                except (ValueError, TemplateError) as error:
+                    bad.report(f"{path}: row {number} of order {seed}", str(error))
+    finally:  # also where the reader has had enough
+        level = logging.WARNING if removed else logging.INFO
+        what = "%s: %d of %d problems overlap with an evaluation set and were left out"
+        _log.log(level, what, path, removed, read)
 
 
 def _openr1_rows(path: str):
-    from datasets import load_dataset
-
     try:
-        if Path(path).is_file():
-            return load_dataset("json", data_files=path, split="train")
-        return load_dataset(path, split="train")
+        return load_rows(path)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"data.path={path} cannot be loaded ({error}); download it where there is a network with "
             f"`hf download --repo-type dataset {OPENR1_MATH}`, or give a local folder or jsonl file of its schema"
         ) from error
+
+
+def load_rows(path: str, name: str | None = None):
+    """All rows of a jsonl file, a local folder or a data set of the hub (`name` is its configuration), splits joined."""
+    from datasets import concatenate_datasets, load_dataset
+
+    if Path(path).is_file():
+        return load_dataset("json", data_files=path, split="train")
+    return concatenate_datasets(list(load_dataset(path, name).values()))
+
+
+# -- decontamination ------------------------------------------------------------------------------------------------
+def evaluation_texts(sets: Sequence[str]) -> list[str]:
+    """The problems of evaluation sets, each named as `<hub id, folder or jsonl file>[@configuration]:<column>`.
+
+    Raises `ValueError` for a set that cannot be read: training on what is evaluated must not happen by accident.
+    """
+    texts: list[str] = []
+    for entry in sets:
+        place, _, column = entry.rpartition(":")
+        path, _, name = place.partition("@")
+        if not path or not column:
+            raise ValueError(
+                f"data.decontaminate holds {entry!r}; name a set as <hub id, folder or jsonl file>[@configuration]:<column>"
+            )
+        try:
+            texts += load_rows(path, name or None)[column]
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"data.decontaminate: {entry} cannot be read ({error}), so problems of it could be trained on; download it "
+                f"with `hf download --repo-type dataset {path}` (a gated set needs `hf auth login`), give a jsonl file, or "
+                "leave it out of data.decontaminate and do not evaluate on it"
+            ) from error
+    return texts
 
 
 def word_runs(text: str, size: int = 13) -> set[tuple[str, ...]]:
