@@ -1,6 +1,6 @@
 """Pretraining of the embedded model, from nothing but a seed.
 
-    curriculum(progress) -> (mixture, length) -> Documents of one length -> batch -> loss -> Muon + AdamW
+    stage, progress -> (mixture, length) -> Documents of one length -> batch -> loss -> Muon + AdamW
 
 What makes two-token facts be looked up at all within a few million tokens: a copying warm-up, input embeddings that are
 large beside the layers' outputs (untied, standard deviation 0.5), small batches, Muon, and lengths that grow.
@@ -12,10 +12,11 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from dms_lab.tiny import corpus, tasks
 from dms_lab.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
@@ -23,13 +24,15 @@ from dms_lab.tiny.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights. Rates are per step, sizes in tokens."""
+    """Everything that decides the weights. Rates are per step, sizes in tokens; `long_lr` is a factor on both rates."""
 
     seed: int = 0
     num_tokens: int = 20_000_000
+    long_tokens: int = 3_000_000
     batch_tokens: int = 3072
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
+    long_lr: float = 0.3
     prompt_weight: float = 0.25
     warmup: float = 0.01
     decay: float = 0.35
@@ -67,24 +70,28 @@ def build_model(recipe: Recipe) -> Qwen3ForCausalLM:
 
 
 def draw_document(
-    progress: float, length: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase, code: list[str]
+    stage: str, progress: float, length: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase, code: list[str]
 ) -> corpus.Document:
-    """One training document of at most `length` tokens, from the mixture that holds at `progress` (0 to 1)."""
-    if rng.random() < max(0.02, 1.0 - progress / 0.06):
+    """One training document of at most `length` tokens, from the mixture that holds at `progress` (0 to 1) of a stage."""
+    if stage == "main" and rng.random() < max(0.02, 1.0 - progress / 0.06):
         text = tasks.copying(rng, length)
         ids = tokenizer(text, add_special_tokens=False).input_ids[:length]
-        half = len(ids) // 2
-        return corpus.Document(ids, [False] * half + [True] * (len(ids) - half))
+        return corpus.Document(ids, len(ids) // 2)
     kind = rng.random()
     if kind < 0.10:
         return corpus.encode_text(corpus.excerpt(code, rng, 4 * length), tokenizer, length)
     if kind < 0.13:
         return corpus.encode_text(tasks.prose(rng, length), tokenizer, length)
-    return corpus.encode_problem(tasks.make_problem(rng.choice(tasks.FAMILIES), rng, length), tokenizer)
+    # Two values a fact: `program` is what is still missed at 1,024 tokens when the main stage ends.
+    weights = (1, 1, 2) if stage == "long" else (1, 1, 1)
+    (family,) = rng.choices(tasks.FAMILIES, weights)
+    return corpus.encode_problem(tasks.make_problem(family, rng, length), tokenizer)
 
 
-def draw_length(progress: float, rng: random.Random) -> int:
-    """Document length: short at first, 256 to 1024 at the end."""
+def draw_length(stage: str, progress: float, rng: random.Random) -> int:
+    """Document length: short at first, 128 to 1,024 at the end of the main stage, up to 1,536 in the long one."""
+    if stage == "long":
+        return rng.choice((256, 512, 768, 1024, 1024, 1536))
     if progress < 0.08:
         return rng.choice((64, 96))
     if progress < 0.30:
@@ -106,73 +113,100 @@ def make_batch(documents: list[corpus.Document], prompt_weight: float) -> tuple[
     return ids, weight[:, 1:]
 
 
-def learning_rate(progress: float, recipe: Recipe) -> float:
-    """Factor on both learning rates: linear warm-up, constant, cosine to 2 %."""
+def learning_rate(stage: str, progress: float, recipe: Recipe) -> float:
+    """Factor on both learning rates: linear warm-up, constant, cosine to 2 %. The long stage peaks at `long_lr`."""
+    peak, decay = (recipe.long_lr, 0.8) if stage == "long" else (1.0, recipe.decay)
     if progress < recipe.warmup:
-        return progress / recipe.warmup
-    if progress < 1 - recipe.decay:
-        return 1.0
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 1 + recipe.decay) / recipe.decay))
+        return peak * progress / recipe.warmup
+    if progress < 1 - decay:
+        return peak
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (progress - 1 + decay) / decay)))
 
 
-def pretrain(recipe: Recipe, folder: Path, log_every: int = 50, eval_every: int = 500) -> Qwen3ForCausalLM:
-    """Trains the embedded model and saves it with its tokenizer, recipe and log in `folder`."""
+def pretrain(recipe: Recipe, folder: Path, start: Path | None = None) -> Qwen3ForCausalLM:
+    """Trains the embedded model and saves it with its tokenizer, recipe and log in `folder`.
+
+    Two stages: `main` from nothing, then `long`, with fresh optimizers. `start` is the folder of a model whose main stage
+    is behind it: the long stage alone is then run on it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     code = corpus.standard_library(held_out=False)
-    tokenizer = train_tokenizer(code, recipe.seed)
-    model = build_model(recipe)
+    if start is None:
+        tokenizer, model = train_tokenizer(code, recipe.seed), build_model(recipe)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32).train()
+    with (folder / "pretrain.jsonl").open("w") as log:
+        for stage, num_tokens in (("main", recipe.num_tokens), ("long", recipe.long_tokens)):
+            if start is None or stage == "long":
+                _train(stage, num_tokens, model, tokenizer, code, recipe, log)
+                tokenizer.save_pretrained(folder)
+                model.save_pretrained(folder)
+    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
+    model.to(torch.float16).save_pretrained(folder)
+    return model
+
+
+def _train(
+    stage: str,
+    num_tokens: int,
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    code: list[str],
+    recipe: Recipe,
+    log: TextIO,
+) -> None:
+    """Runs one stage; a line of `log` every 50 steps, with held-out exact match in each tenth of them."""
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     muon = torch.optim.Muon(hidden, lr=recipe.muon_lr, weight_decay=0.0)
     adam = torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng = random.Random(recipe.seed)
+    rng = random.Random(recipe.seed if stage == "main" else f"{stage} {recipe.seed}")
     seen, step, started = 0, 0, time.monotonic()
-    log = (folder / "pretrain.jsonl").open("w")
     average: dict[str, float] = {}
-    while seen < recipe.num_tokens:
-        progress = seen / recipe.num_tokens
-        length = draw_length(progress, rng)
-        documents = [
-            draw_document(progress, length, rng, tokenizer, code) for _ in range(max(1, recipe.batch_tokens // length))
-        ]
+    while seen < num_tokens:
+        progress = seen / num_tokens
+        length = draw_length(stage, progress, rng)
+        count = max(1, recipe.batch_tokens // length)
+        documents = [draw_document(stage, progress, length, rng, tokenizer, code) for _ in range(count)]
         ids, weight = make_batch(documents, recipe.prompt_weight)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss_per_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (loss_per_token * weight).sum() / weight.sum()
-        muon.zero_grad()
-        adam.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        factor = learning_rate(progress, recipe)
+        factor = learning_rate(stage, progress, recipe)
         muon.param_groups[0]["lr"] = recipe.muon_lr * factor
         adam.param_groups[0]["lr"] = recipe.adam_lr * factor
-        muon.step()
-        adam.step()
+        for key, value in _step(model, ids, weight, (muon, adam)).items():
+            average[key] = 0.95 * average.get(key, value) + 0.05 * value
         seen += int((weight > 0).sum())
         step += 1
-        with torch.no_grad():
-            chain = (weight == 1.0).float()
-            right = (logits.argmax(-1) == ids[:, 1:]).float()
-            for key, value in (
-                ("loss", loss.item()),
-                ("chain_loss", ((loss_per_token * chain).sum() / chain.sum()).item()),
-                ("chain_accuracy", ((right * chain).sum() / chain.sum()).item()),
-            ):
-                average[key] = 0.95 * average.get(key, value) + 0.05 * value
-        if step % log_every == 0:
-            row = {"step": step, "tokens": seen, "seconds": round(time.monotonic() - started, 1), "length": length}
-            row |= {key: round(value, 4) for key, value in average.items()}
-            if step % eval_every == 0:
-                row |= teacher_forced(model, tokenizer, min(max(length, 128), 512), recipe.seed)
-                model.save_pretrained(folder)
-                tokenizer.save_pretrained(folder)
+        if step % 50 == 0:
+            row = {"stage": stage, "step": step, "tokens": seen, "seconds": round(time.monotonic() - started, 1)}
+            row |= {"length": length} | {key: round(value, 4) for key, value in average.items()}
+            if step % 500 == 0:
+                row |= teacher_forced(
+                    model, tokenizer, 1024 if stage == "long" else min(max(length, 128), 512), recipe.seed
+                )
             log.write(json.dumps(row) + "\n")
             log.flush()
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
-    model.to(torch.float16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    log.close()
-    return model
+
+
+def _step(model: Qwen3ForCausalLM, ids: torch.Tensor, weight: torch.Tensor, optimizers: tuple) -> dict[str, float]:
+    """One step of every optimizer on the weighted loss; returns what is logged of it."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss_per_token = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    loss = (loss_per_token * weight).sum() / weight.sum()
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        chain = (weight == 1.0).float()
+        right = (logits.argmax(-1) == ids[:, 1:]).float()
+        return {
+            "loss": loss.item(),
+            "chain_loss": ((loss_per_token * chain).sum() / chain.sum()).item(),
+            "chain_accuracy": ((right * chain).sum() / chain.sum()).item(),
+        }
 
 
 @torch.no_grad()
