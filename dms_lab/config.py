@@ -64,13 +64,17 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation at the end of training. `num_problems` a family; `rivals` at the budget that DMS was measured at."""
+    """Evaluation at the end of training. `num_problems` a family; `rivals` at the budget that DMS was measured at.
+
+    `workers` processes of one thread measure at a time; with a GPU, one.
+    """
 
     num_problems: int = 64
     length: int = 512
     batch_size: int = 32
     rivals: tuple[str, ...] = RIVALS
     held_out_tokens: int = 16384
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,13 +138,12 @@ def valid_keys() -> tuple[str, ...]:
     return (*sorted(top), *(f"{g}.{f.name}" for g, schema in _GROUPS.items() for f in dataclasses.fields(schema)))
 
 
-def check_overrides(overrides: Sequence[str], more: Sequence[str] = ()) -> None:
-    """Raises `ValueError` for the first `key=value` whose key is unknown, with the nearest name and the valid ones.
+def check_overrides(overrides: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `ValueError` for the first `key=value` whose key is not `known`, with the nearest name and the valid ones.
 
-    For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. `more` are keys that
-    a command has beside those of training. Flags and the `hydra` group are left to Hydra.
+    For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. Flags and the `hydra`
+    group are left to Hydra.
     """
-    known = (*valid_keys(), *more)
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if word.startswith("-") or "=" not in word or key in known or key.split(".")[0] == "hydra":
@@ -260,7 +263,7 @@ def _check_choices(config: TrainConfig) -> None:
 def _check_ranges(config: TrainConfig) -> None:
     for name in (
         *("window", "steps", "batch_size", "accumulate", "context", "log_every", "threads", "data.limit", "lora_rank"),
-        *("eval.num_problems", "eval.length", "eval.batch_size"),
+        *("eval.num_problems", "eval.length", "eval.batch_size", "eval.workers"),
     ):
         value = _at(config, name)
         if value is not None and value < 1:

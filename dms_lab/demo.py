@@ -42,28 +42,33 @@ def run(config, controls: dict[str, dict]) -> None:
     from dms_lab import plots, results
     from dms_lab.config import config_hash, validate
     from dms_lab.evaluation.report import evaluate_run
-    from dms_lab.training.run import train
+    from dms_lab.terminal import console, quiet
+    from dms_lab.training.side_by_side import train_all
 
+    quiet()
     root = Path(config.out) / config_hash(config)
-    others: dict[tuple[str, float], Path] = {}
-    for name, changes in ({"dms": {}} | controls).items():
-        print(f"training {name}")
-        variant = dataclasses.replace(config, out=str(root / name), **changes)
+    variants = {
+        name: dataclasses.replace(config, out=str(root / name), **changes)
+        for name, changes in ({"dms": {}} | controls).items()
+    }
+    for variant in variants.values():
         validate(variant)
-        outcome = train(variant)
+    outcomes = train_all(variants, config.eval.workers)
+    for outcome in outcomes.values():
         if not outcome.finished:
-            print(f"stopped by {outcome.stopped_by}; the same command goes on from {outcome.folder}")
+            print(f"stopped by {outcome.stopped_by}; the same command goes on from {root}")
             sys.exit(130)
-        if name != "dms":
-            # A fixed window is trained for one budget, that of the full CR; it is no member of a family.
-            members = (config.cr,) if name == "streaming_llm_tuned" else config.cr_family
-            others |= {(name, cr): outcome.checkpoint(cr) for cr in members}
+    # A fixed window is trained for one budget, that of the full CR; it is no member of a family.
+    others = {
+        (name, cr): outcome.checkpoint(cr)
+        for name, outcome in outcomes.items()
+        if name != "dms"
+        for cr in ((config.cr,) if name == "streaming_llm_tuned" else config.cr_family)
+    }
     folder = root / "dms"
     if (folder / "evaluated").is_file():
-        from rich.console import Console
-
         frame = results.load(folder / results.RESULTS)
-        Console().print(plots.summary_table(frame))
+        console().print(plots.summary_table(frame))
         print(f"figures: {folder / 'pareto.png'} and pareto.html (evaluated before; remove {root} to start afresh)")
         return
     (folder / results.RESULTS).unlink(missing_ok=True)
@@ -72,4 +77,6 @@ def run(config, controls: dict[str, dict]) -> None:
 
 
 if __name__ == "__main__":
-    command_line(main, ("controls",))
+    from dms_lab.config import valid_keys
+
+    command_line(main, (*valid_keys(), "controls"))

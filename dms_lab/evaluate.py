@@ -7,14 +7,16 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from dms_lab.train import CONFIG_PATH
+from dms_lab.train import CONFIG_PATH, command_line
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Evaluates every checkpoint of the run's family and its rivals; appends to the run's `results.jsonl`."""
     from dms_lab.evaluation.report import evaluate_run, load_config
+    from dms_lab.terminal import quiet
 
+    quiet()
     try:
         folder = Path(cfg.checkpoint)
         config = load_config(folder)
@@ -26,4 +28,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main, ("checkpoint", "num_problems"))

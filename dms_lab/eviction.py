@@ -161,11 +161,14 @@ def retention_loss(
     """max(target - mean relaxed decision, 0); the mean runs over layers, KV heads and real tokens.
 
     `evict_probabilities` holds one [B, K or 1, T] a layer, `real` [B, T] is False for padding. Global: heads share the
-    budget as they like. `retention="two_sided"` takes the absolute value, so that evicting more than asked costs as well.
+    budget as they like. One-sided lets every batch that is below the target push and none pull: where documents differ in
+    what they can do without, more goes than was asked. `retention="two_sided"` takes the absolute value, so that evicting
+    too much costs as well; not at a target of 0, before anything is asked, where it would teach a fresh predictor that
+    nothing may ever go.
     """
     if retention not in RETENTIONS:
         raise ValueError(f"retention={retention!r} is not known; choose one of {', '.join(RETENTIONS)}")
     weight = real[:, None].to(evict_probabilities[0].dtype)
     means = torch.stack([(p * weight).sum() / (weight.sum() * p.shape[1]) for p in evict_probabilities])
     missing = target - means.mean()
-    return missing.abs() if retention == "two_sided" else missing.clamp(min=0.0)
+    return missing.abs() if retention == "two_sided" and target > 0 else missing.clamp(min=0.0)

@@ -11,29 +11,18 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from dms_lab.accounting import Meter, Request
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.policy import Policy
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One answered request. Counts are tokens, averaged over layers and KV heads (accounting, METHOD of the README).
-
-    `kv_reads` sums the live slots attended to over the decode steps, `peak_tokens` is their maximum (prefill included),
-    `live_tokens` what is live at the end, `num_tokens` prompt and generation together.
-    """
+    """One answered request: the new tokens, why they end (`eos` or `length`), and what its cache cost."""
 
     ids: list[int]
     finish_reason: str
-    num_prompt_tokens: int
-    kv_reads: float
-    peak_tokens: float
-    live_tokens: float
-
-    @property
-    def num_tokens(self) -> int:
-        """Logical tokens that went through the model."""
-        return self.num_prompt_tokens + max(0, len(self.ids) - 1)
+    usage: Request
 
 
 @torch.inference_mode()
@@ -78,11 +67,10 @@ def _generate_batch(
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
-    cache = MaskedCache(policy)
+    cache, meter = MaskedCache(policy), Meter(len(prompts))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     active = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in prompts]
-    reads, peaks, lives = ([0.0] * len(prompts) for _ in range(3))
     reasons = ["length"] * len(prompts)
     for step in range(max_new_tokens):
         output = model(
@@ -93,14 +81,11 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         )
-        live = cache.live_slots().float().mean((1, 2)).tolist()
+        meter.step(cache.live_slots(), active, prefill=step == 0)
         tokens = output.logits[:, -1].argmax(-1)
         stay = []
         for slot, (request, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
             texts[request].append(token)
-            reads[request] += live[slot] if step else 0.0
-            peaks[request] = max(peaks[request], live[slot])
-            lives[request] = live[slot]
             if token == end_id:
                 reasons[request] = "eos"
             else:
@@ -115,4 +100,7 @@ def _generate_batch(
         ids = tokens[:, None]
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         positions = positions[:, -1:] + 1
-    return [Generated(texts[i], reasons[i], len(prompts[i]), reads[i], peaks[i], lives[i]) for i in range(len(prompts))]
+    # The last token generated never went through the model.
+    lengths = [len(prompt) + len(text) - 1 for prompt, text in zip(prompts, texts, strict=True)]
+    usage = meter.requests(lengths, [len(text) for text in texts])
+    return [Generated(*parts) for parts in zip(texts, reasons, usage, strict=True)]

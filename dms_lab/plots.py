@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dms_lab.pareto import mean_interval
+
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
@@ -24,13 +26,19 @@ BUDGETS = {"kv_reads": "KV reads per request (tokens)", "peak_tokens": "peak liv
 
 
 def mean_over_tasks(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per (method, target CR): means over the tasks (and seeds) with an accuracy, and over their intervals' ends.
+    """One row per (method, target CR): means over the tasks (and seeds) with an accuracy, and its interval.
 
-    The mean of the ends is wider than a 95 % interval of the mean: it errs on the careful side.
+    The interval is of these problems and seeds: it says how well the mean was measured, not how it varies over seeds.
     """
+    import pandas as pd
+
     with_answers = frame[frame["accuracy"].notna()]
-    columns = ["accuracy", "accuracy_low", "accuracy_high", "measured_cr", "kv_reads", "peak_tokens"]
-    return with_answers.groupby(["method", "target_cr"], as_index=False)[columns].mean()
+    points = []
+    for (method, cr), rows in with_answers.groupby(["method", "target_cr"]):
+        low, high = mean_interval(rows["accuracy"], rows["accuracy_low"], rows["accuracy_high"])
+        means = {name: rows[name].mean() for name in ("accuracy", "measured_cr", *BUDGETS)}
+        points.append({"method": method, "target_cr": cr, "accuracy_low": low, "accuracy_high": high} | means)
+    return pd.DataFrame(points)
 
 
 def per_task(frame: "pd.DataFrame") -> "pd.DataFrame":
@@ -47,34 +55,35 @@ def styles(frame: "pd.DataFrame") -> dict[str, tuple[str, str, str, str]]:
 
 
 def summary_table(frame: "pd.DataFrame") -> "Table":
-    """The comparison as a table for the terminal: accuracy per task in percent, and the cost."""
+    """The comparison as a table for the terminal: accuracy per task in percent, their mean, and the cost."""
     from rich.table import Table
 
     tasks = [t for t in frame["task"].unique() if frame[frame["task"] == t]["accuracy"].notna().any()]
     texts = [t for t in frame["task"].unique() if frame[frame["task"] == t]["perplexity"].notna().any()]
-    table = Table(title="Exact match in percent; 95 % interval in brackets")
-    for name in ("method", "CR", "measured", *tasks, "mean", *(f"{t} ppl" for t in texts), "KV reads", "peak"):
-        table.add_column(name, justify="left" if name == "method" else "right")
+    means = mean_over_tasks(frame)
+    table = Table(title="Exact match in percent, 95 % interval of the mean in brackets")
+    for name in ("method", "CR", "measured", *tasks, "mean", *("ppl" for _ in texts), "KV reads", "peak"):
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     order = {name: place for place, name in enumerate(STYLE)}
     groups = sorted(frame.groupby(["method", "target_cr"]), key=lambda g: (g[0][1], order.get(g[0][0], 99)))
     for (method, cr), rows in groups:
         by_task = {task: part for task, part in rows.groupby("task")}
-        cells = [_percent(by_task.get(task)) for task in tasks]
+        cells = [f"{100 * by_task[t]['accuracy'].mean():.1f}" if t in by_task else "" for t in tasks]
         answered = rows[rows["accuracy"].notna()]
         ppl = [f"{by_task[t]['perplexity'].mean():.2f}" if t in by_task else "" for t in texts]
         measured = (answered if len(answered) else rows)["measured_cr"].mean()
         cost = [f"{answered[c].mean():.0f}" if len(answered) else "" for c in BUDGETS]
-        mean = f"{100 * answered['accuracy'].mean():.1f}" if len(answered) else ""
+        mean = means[(means["method"] == method) & (means["target_cr"] == cr)] if len(means) else means
         name = STYLE.get(method, ("", "", "", method))[3]
-        table.add_row(name, f"{cr:g}", f"{measured:.2f}", *cells, mean, *ppl, *cost)
+        table.add_row(name, f"{cr:g}", f"{measured:.2f}", *cells, _with_interval(mean), *ppl, *cost)
     return table
 
 
-def _percent(rows: "pd.DataFrame | None") -> str:
-    if rows is None:
+def _with_interval(mean: "pd.DataFrame") -> str:
+    if not len(mean):
         return ""
-    low, high = rows["accuracy_low"].mean(), rows["accuracy_high"].mean()
-    return f"{100 * rows['accuracy'].mean():.1f} [{100 * low:.0f}-{100 * high:.0f}]"
+    value, low, high = (100 * float(mean[name].iloc[0]) for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    return f"{value:.1f} [{low:.0f}-{high:.0f}]"
 
 
 def pareto_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:

@@ -21,7 +21,9 @@ def main(cfg: DictConfig) -> None:
     try:
         config = resolve(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
         from dms_lab import models
+        from dms_lab.terminal import quiet
 
+        quiet()
         models.resolve_path(config.model.path)
         from dms_lab.training.run import train
 
@@ -38,12 +40,15 @@ def main(cfg: DictConfig) -> None:
         sys.exit(f"error: {error}")
 
 
-def command_line(entry: Callable[[], None], more: Sequence[str] = ()) -> None:
-    """Runs a Hydra main after a look at its keys: an unknown one ends with a sentence that lists the valid ones."""
-    from dms_lab.config import check_overrides
+def command_line(entry: Callable[[], None], keys: Sequence[str] | None = None) -> None:
+    """Runs a Hydra main after a look at its keys: an unknown one ends with a sentence that lists the valid ones.
+
+    `keys` are the command's own; None: those of training.
+    """
+    from dms_lab.config import check_overrides, valid_keys
 
     try:
-        check_overrides(sys.argv[1:], more)
+        check_overrides(sys.argv[1:], valid_keys() if keys is None else keys)
     except ValueError as error:
         sys.exit(f"error: {error}")
     entry()

@@ -159,5 +159,6 @@ def test_two_sided_retention_also_costs_what_is_too_much():
     one = [torch.tensor([[[0.9, 0.7]]])]
     assert eviction.retention_loss(one, real, 0.5, "one_sided") == 0
     assert eviction.retention_loss(one, real, 0.5, "two_sided").item() == pytest.approx(0.3)
+    assert eviction.retention_loss(one, real, 0.0, "two_sided") == 0
     with pytest.raises(ValueError, match="choose one of one_sided, two_sided"):
         eviction.retention_loss(one, real, 0.5, "both")

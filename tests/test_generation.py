@@ -29,7 +29,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(handle):
     for prompt, found in zip(PROMPTS, together, strict=True):
         (alone,) = generate_greedy(handle.model, handle.policy, [prompt], 12, end_id=3)
         assert alone.ids == found.ids
-        assert alone.kv_reads == pytest.approx(found.kv_reads)
+        assert alone.usage.kv_reads == pytest.approx(found.usage.kv_reads)
 
 
 @torch.no_grad()
@@ -51,12 +51,12 @@ def test_accounting_of_full_attention_and_of_a_window_is_the_closed_form(handle)
     end = 5000  # never generated
     (full,) = generate_greedy(handle.model, FullPolicy, [PROMPTS[0]], 6, end)
     n = len(PROMPTS[0])
-    assert full.kv_reads == sum(range(n + 1, n + 6))
-    assert full.peak_tokens == full.live_tokens == full.num_tokens == n + 5
+    assert full.usage.kv_reads == sum(range(n + 1, n + 6))
+    assert full.usage.peak_tokens == full.usage.live_tokens == full.usage.num_tokens == n + 5
     assert full.finish_reason == "length"
     (window,) = generate_greedy(handle.model, lambda: StreamingLLMPolicy(8), [PROMPTS[0]], 6, end)
-    assert window.kv_reads == 5 * 8
-    assert window.live_tokens == window.peak_tokens == 8
+    assert window.usage.kv_reads == 5 * 8
+    assert window.usage.live_tokens == window.usage.peak_tokens == 8
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_live_slots_of_dms_are_the_kept_plus_the_window(handle):
     for layer, predictor in handle.predictors.items():
         logits = eviction.govern(predictor(residuals[layer]), "next", 3)[0]
         live += [(logits[k, :-3] <= 0).sum().item() + 3 for k in range(2)]
-    assert found.live_tokens == pytest.approx(sum(live) / len(live))
+    assert found.usage.live_tokens == pytest.approx(sum(live) / len(live))
 
 
 def test_impossible_prompts_are_refused(handle):

@@ -9,7 +9,7 @@ LAYERS = [
     {"attention", "cache"},
     {"policies"},
     {"structure", "lora", "attention_function", "attachment", "checkpoint", "tiny", "generation", "models"},
-    {"training", "evaluation", "results", "plots", "tracking"},
+    {"training", "evaluation", "results", "plots", "tracking", "terminal"},
     {"train", "evaluate", "demo", "pretrain", "preview"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

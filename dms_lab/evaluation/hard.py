@@ -73,10 +73,7 @@ def evaluate_tasks(
             batch_size=batch_size,
         )
         right = sum(is_right(g, p, tokenizer) for g, p in zip(generated, found, strict=True))
-        usage = accounting.usage(
-            [accounting.Request(g.kv_reads, g.peak_tokens, g.live_tokens, g.num_tokens, len(g.ids)) for g in generated],
-            bytes_per_token(handle),
-        )
+        usage = accounting.usage([g.usage for g in generated], bytes_per_token(handle))
         live.append(usage.live_tokens)
         low, high = pareto.wilson_interval(right, len(found))
         results.append(

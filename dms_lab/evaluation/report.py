@@ -3,9 +3,7 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
-
-from dms_lab import models, plots, results
+from dms_lab import models, plots, results, terminal
 from dms_lab.config import TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.training.data import held_out_documents
@@ -36,15 +34,16 @@ def evaluate_run(config: TrainConfig, folder: Path, others: dict[tuple[str, floa
         run_id=folder.name,
         seed=config.seed,
         config_hash=config_hash(config),
+        settings=config.eval,
+        held_out=held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens),
+        knows_tasks=config.data.kind == "tiny",
     )
-    held_out = held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens)
     rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
-    console = Console()
+    console = terminal.console()
     path = folder / results.RESULTS
-    knows_tasks = config.data.kind == "tiny"
     found: list[results.Result] = []
     with console.status("evaluating") as status:
-        for part in evaluate(subject, config.eval, held_out, knows_tasks, rivals_at):
+        for part in evaluate(subject, rivals_at):
             results.append(path, part)
             found += part
             status.update(f"evaluated {part[0].method} at CR {part[0].target_cr:g}")

@@ -1,9 +1,15 @@
 """The whole comparison: full attention, each member of a DMS family, and the rivals at the budget it was measured at."""
 
-import logging
-from collections.abc import Iterator
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from dms_lab import models
 from dms_lab.attachment import Retrofit, retrofit
@@ -16,72 +22,113 @@ from dms_lab.results import Result
 from dms_lab.tiny import tasks
 from dms_lab.tiny.corpus import Document
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated: a base model and its trained checkpoints by (method, target CR)."""
+    """What is evaluated, on what: a base model and its checkpoints by (method, target CR), tasks and held-out text.
+
+    `knows_tasks` is for models that know the embedded tasks; `held_out` text gives perplexity where there is any.
+    """
 
     model: ModelConfig
     checkpoints: dict[tuple[str, float], Path]
     run_id: str
     seed: int
     config_hash: str
+    settings: EvalConfig
+    held_out: list[Document]
+    knows_tasks: bool
 
 
-def evaluate(
-    subject: Subject,
-    settings: EvalConfig,
-    held_out: list[Document],
-    on_generated_tasks: bool,
-    rivals_at: tuple[float, ...],
-) -> Iterator[list[Result]]:
-    """Yields the results of one method and budget after the other.
+@dataclass(frozen=True)
+class Job:
+    """One point of the comparison: a trained checkpoint, or an untrained rule at a budget, or (neither) full attention."""
 
-    `on_generated_tasks` is for models that know the embedded tasks; `held_out` text gives perplexity where there is any.
+    method: str
+    target_cr: float
+    checkpoint: Path | None = None
+    budget: int | None = None
+
+
+def evaluate(subject: Subject, rivals_at: tuple[float, ...]) -> Iterator[list[Result]]:
+    """Yields the results of one method and budget after the other, `settings.workers` of them measured at a time.
+
     Rivals are run at the live tokens that the method `dms` was measured at, for the target CRs in `rivals_at`.
     """
-    tokenizer = models.load_tokenizer(subject.model)
-    problems = {
-        family: hard.make_problems(family, settings.num_problems, settings.length, subject.seed)
-        for family in (tasks.FAMILIES if on_generated_tasks else ())
-    }
-
-    def run(handle: Retrofit, make_policy, method: str, cr: float, window: int | None) -> tuple[list[Result], float]:
-        label = hard.Label(subject.run_id, subject.model.name, method, cr, window, subject.seed, subject.config_hash)
-        found, live = [], 0.0
-        if problems:
-            found, live = hard.evaluate_tasks(handle, make_policy, tokenizer, problems, label, settings.batch_size)
-        if held_out:
-            found.append(hard.evaluate_perplexity(handle, make_policy, held_out, label, "held_out_text"))
-        return found, live
-
-    base = retrofit(models.load_base(subject.model), None)
-    yield run(base, FullPolicy, "full", 1.0, None)[0]
+    checkpoints = sorted(subject.checkpoints.items(), key=lambda item: (item[0][0] != "dms", item[0]))
+    trained = [Job("full", 1.0), *(Job(method, cr, checkpoint=folder) for (method, cr), folder in checkpoints)]
     budgets: dict[float, int] = {}
-    for (method, cr), folder in sorted(subject.checkpoints.items(), key=lambda item: (item[0][0] != "dms", item[0])):
-        handle = load_checkpoint(folder, models.load_base(subject.model))
-        make_policy, window = _trained_policy(handle)
-        found, live = run(handle, make_policy, method, cr, window)
-        if method == "dms" and problems:
-            budgets[cr] = max(8, round(live))
+    for job, (found, live) in _measured(subject, trained):
+        if job.method == "dms" and subject.knows_tasks:
+            budgets[job.target_cr] = max(8, round(live))
+        if found:
+            yield found
+    rivals = [Job(name, cr, budget=budgets[cr]) for cr in rivals_at if cr in budgets for name in subject.settings.rivals]
+    for _, (found, _) in _measured(subject, rivals):
         yield found
-    for cr in rivals_at:
-        for name in settings.rivals if cr in budgets else ():
-            rule = HEURISTICS[name]
-            yield run(base, lambda rule=rule, cr=cr: rule(budgets[cr]), name, cr, None)[0]
 
 
-def _trained_policy(handle: Retrofit) -> tuple:
+def _measured(subject: Subject, jobs: list[Job]) -> Iterator[tuple[Job, tuple[list[Result], float]]]:
+    """Each job with what it measured, in order; in processes of one thread each where there are several workers."""
+    if subject.settings.workers == 1 or models.default_device() == "cuda":
+        yield from ((job, measure(subject, job)) for job in jobs)
+        return
+    with ProcessPoolExecutor(
+        subject.settings.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+    ) as pool:
+        yield from zip(jobs, pool.map(partial(measure, subject), jobs), strict=True)
+
+
+def measure(subject: Subject, job: Job) -> tuple[list[Result], float]:
+    """The results of one job, and the mean live tokens at the end of its requests (0 without tasks)."""
+    tokenizer, settings = models.load_tokenizer(subject.model), subject.settings
+    with _attached(subject.model, job) as handle:
+        make_policy, window = _policy(handle, job)
+        label = hard.Label(
+            subject.run_id, subject.model.name, job.method, job.target_cr, window, subject.seed, subject.config_hash
+        )
+        found, live = [], 0.0
+        if subject.knows_tasks:
+            problems = {
+                family: hard.make_problems(family, settings.num_problems, settings.length, subject.seed)
+                for family in tasks.FAMILIES
+            }
+            found, live = hard.evaluate_tasks(handle, make_policy, tokenizer, problems, label, settings.batch_size)
+        if subject.held_out:
+            found.append(hard.evaluate_perplexity(handle, make_policy, subject.held_out, label, "held_out_text"))
+    return found, live
+
+
+_base = functools.lru_cache(maxsize=1)(models.load_base)
+
+
+@contextmanager
+def _attached(model: ModelConfig, job: Job) -> Iterator[Retrofit]:
+    """The model with what the job attaches to it, taken off again; one copy of the base serves every job it can."""
+    device = models.default_device()
+    if job.checkpoint is None:
+        handle = retrofit(_base(model, device), None)
+    else:
+        if read_metadata(job.checkpoint).trained == "all":
+            _base.cache_clear()  # its weights are replaced, and two copies may not fit
+        handle = load_checkpoint(job.checkpoint, _base(model, device))
+    try:
+        yield handle
+    finally:
+        handle.detach()
+        if job.checkpoint is not None and read_metadata(job.checkpoint).trained == "all":
+            _base.cache_clear()
+
+
+def _policy(handle: Retrofit, job: Job) -> tuple[Callable[[], Policy], int | None]:
+    """What makes the policy of a request batch, and its window."""
+    if job.budget is not None:
+        return partial(HEURISTICS[job.method], job.budget), None
+    if job.checkpoint is None:
+        return FullPolicy, None
     config = handle.config
     if config.predictor == "sinks":
-        budget = config.window + config.num_sinks
-
-        def window_policy() -> Policy:
-            return StreamingLLMPolicy(budget, config.num_sinks)
-
-        return window_policy, config.window
+        return partial(StreamingLLMPolicy, config.window + config.num_sinks, config.num_sinks), config.window
     return handle.policy, config.window
 
 

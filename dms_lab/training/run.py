@@ -20,6 +20,7 @@ from dms_lab.training.data import RetrofitData
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
 
 _log = logging.getLogger(__name__)
+DONE = "done.json"  # in the folder of a finished run
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
 def train(config: TrainConfig, progress: bool = True) -> Outcome:
     """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once."""
     folder = Path(run_folder(config))
-    done = folder / "done.json"
+    done = folder / DONE
     if config.resume and done.is_file():
         _log.info("%s is finished already", folder)
         return Outcome(folder, True)
