@@ -310,9 +310,9 @@ def _check_neuron(config: TrainConfig) -> None:
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
-def config_hash(config: TrainConfig) -> str:
-    """12 hex digits over everything that decides the trained weights."""
-    plain = dataclasses.asdict(config)
+def config_hash(config: TrainConfig | dict[str, Any]) -> str:
+    """12 hex digits over everything that decides the trained weights, of a configuration or of its plain form."""
+    plain = config if isinstance(config, dict) else dataclasses.asdict(config)
     kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CI = (ROOT / ".ci" / "run").read_text()
 SMALL = ["steps=3", "cr=4", "cr_family=[2,4]", "context=128", "window=8", "batch_size=2", "eval.num_problems=2"]
 SMALL += ["eval.length=128", "eval.rivals=[streaming_llm]", "eval.held_out_tokens=256", "threads=1"]
 
@@ -47,6 +49,24 @@ def test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out(tmp_path, base
     assert "held_out_text ppl" in text.replace("\n", " ") or "ppl" in text
 
 
+def test_reasoning_traces_go_in_cleared_of_the_evaluation_set(tmp_path, base_folder):
+    rows = [
+        {"problem": f"What is {i} plus {i}?", "generations": [f"<think>\n{i} + {i}\n</think>\n{2 * i}"]}
+        | {"correctness_math_verify": [True]}
+        for i in range(60)
+    ]
+    (tmp_path / "math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "aime.jsonl").write_text(json.dumps({"problem": "What is 7 plus 7?"}) + "\n")
+    words = ["model=hf", f"model.path={base_folder}", "model.dtype=float32", "data.path=math.jsonl", "out=run"]
+    text = run("train", *SMALL, *words, "data.decontaminate=[aime.jsonl:problem]", cwd=tmp_path)
+    assert "problems overlap with an evaluation set and were left out" in text
+    rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert {row["task"] for row in rows} == {"held_out_text"}
+    assert "error: data.decontaminate: nobody/nothing:problem cannot be read" in run(
+        "train", *SMALL, *words, "data.decontaminate=[nobody/nothing:problem]", "out=other", cwd=tmp_path, code=1
+    )
+
+
 def test_a_bad_value_ends_with_one_sentence_and_no_folder(tmp_path):
     text = run("train", "cr=0.5", cwd=tmp_path, code=1)
     assert "error: cr=0.5 is not a compression ratio" in text
@@ -54,9 +74,13 @@ def test_a_bad_value_ends_with_one_sentence_and_no_folder(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_key_ends_with_the_valid_ones(tmp_path):
-    text = run("train", "windw=3", cwd=tmp_path, code=1)
-    assert "did you mean window?" in text
+@pytest.mark.parametrize(
+    ("module", "word", "near"),
+    [("train", "windw=3", "window"), ("evaluate", "checkpont=x", "checkpoint"), ("pretrain", "sed=3", "seed")],
+)
+def test_an_unknown_key_ends_with_the_valid_ones(tmp_path, module, word, near):
+    text = run(module, word, cwd=tmp_path, code=1)
+    assert f"did you mean {near}?" in text
     assert "Traceback" not in text
 
 
@@ -64,6 +88,39 @@ def test_preview_shows_documents_with_their_mask(tmp_path):
     text = run("preview", "context=128", "window=8", cwd=tmp_path)
     assert "row 0, document 0" in text
     assert "</think>" in text
+    chats = [{"prompt": f"{i}+2?", "completion": "so many"} for i in range(3)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    text = run("preview", "data=jsonl", "data.path=chats.jsonl", cwd=tmp_path)
+    assert "so many" in text
+
+
+def test_pretraining_leaves_a_model_that_loads_as_any_other(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run("pretrain", "out=model", "num_tokens=2000", "long_tokens=1000", "batch_tokens=600", cwd=tmp_path)
+    assert {"recipe.json", "pretrain.jsonl"} <= {p.name for p in (tmp_path / "model").iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model"))
+
+
+README = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    (make|python) ", line)]
+RUN_BY = {
+    "make demo": "CI",
+    "make test": "CI",
+    "python -m dms_lab.train model=qwen3_8b cr=8 window=256": "test_absent_weights_are_told_before_anything_runs",
+    "python -m dms_lab.train model=tiny data=text data.path=<folder of sources>": (
+        "test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out"
+    ),
+    "python -m dms_lab.evaluate checkpoint=runs/<run>": "test_train_ends_with_the_evaluation_and_evaluate_repeats_it",
+    "python -m dms_lab.preview data=jsonl data.path=<chats.jsonl>": "test_preview_shows_documents_with_their_mask",
+    "python -m dms_lab.pretrain out=runs/tiny_model": "test_pretraining_leaves_a_model_that_loads_as_any_other",
+}
+
+
+@pytest.mark.parametrize("command", README)
+def test_every_command_of_the_readme_is_run(command):
+    (where,) = [name for known, name in RUN_BY.items() if command.split("  #")[0].strip() == known]
+    assert where in globals() or re.search(rf"^{command.split('  #')[0].strip()}\b", CI, re.MULTILINE)
 
 
 def test_absent_weights_are_told_before_anything_runs(tmp_path):

@@ -64,6 +64,16 @@ def test_a_finished_run_is_not_trained_again(make_config):
     assert (outcome.folder / "metrics.jsonl").read_text() == before
 
 
+def test_a_folder_with_a_run_of_another_configuration_is_refused(make_config):
+    outcome = train(make_config(), progress=False)
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        train(make_config(seed=1), progress=False)
+    before = weights(outcome)
+    train(make_config(seed=1, resume=False), progress=False)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in weights(outcome).items())
+    assert len((outcome.folder / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 def test_metrics_hold_what_is_promised(make_config):
     outcome = train(make_config(), progress=False)
     rows = [json.loads(line) for line in (outcome.folder / "metrics.jsonl").read_text().splitlines()]

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -89,11 +90,34 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
     return RetrofitModule(handle, teacher, config.trained, objective, optimizer), base
 
 
+def _check_folder(folder: Path, config: TrainConfig) -> None:
+    path = folder / "config.json"
+    if path.is_file() and (found := config_hash(json.loads(path.read_text()))) != config_hash(config):
+        raise ValueError(
+            f"out={folder} holds a run of another configuration (hash {found}, this one is {config_hash(config)}); give "
+            "another out, leave it to the configuration (out=null), or add resume=false to replace that run"
+        )
+
+
+def _clear(folder: Path) -> None:
+    """Removes what an earlier run left in its folder; anything else stays."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    for name in ("config.json", "metrics.jsonl", "results.jsonl", LAST, DONE):
+        (folder / name).unlink(missing_ok=True)
+
+
 def train(config: TrainConfig, progress: bool = True) -> Outcome:
-    """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once."""
+    """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once.
+
+    Raises `ValueError` if the folder holds a run of another configuration, and `resume=false` does not say to replace it.
+    """
     folder = Path(run_folder(config))
     done = folder / DONE
-    if config.resume and done.is_file():
+    if config.resume:
+        _check_folder(folder, config)
+    else:
+        _clear(folder)
+    if done.is_file():
         _log.info("%s is finished already", folder)
         return Outcome(folder, True)
     L.seed_everything(config.seed, verbose=False)
@@ -131,9 +155,7 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
         use_distributed_sampler=False,
     )
     last = folder / LAST
-    if not config.resume:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if config.resume and last.is_file() else None)
+    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if tracker is not None:
         tracker.finish()
     if stop.stopped_by and trainer.global_step < config.steps:
