@@ -109,6 +109,7 @@ class TrainConfig:
     lr: float
     adapter_lr: float
     warmup_steps: int
+    decay: float
     weight_decay: float
     betas: tuple[float, float]
     clip: float
@@ -274,6 +275,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("tau", "scale", "lr", "adapter_lr", "clip", "lora_alpha"):
         if _at(config, name) <= 0:
             raise ValueError(f"{name}={_at(config, name)} must be above 0")
+    if not 0 <= config.decay <= 1:
+        raise ValueError(f"decay={config.decay:g} is the share of steps over which the rates fall to 0; use 0 to 1")
     if not all(0 <= beta < 1 for beta in config.betas):
         raise ValueError(f"betas={list(config.betas)} must lie in [0, 1); the published recipes use [0.9, 0.95]")
 

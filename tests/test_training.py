@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from dms_lab.training import run
 from dms_lab.training.callbacks import GracefulStop
+from dms_lab.training.module import Optimizer
 from dms_lab.training.run import build_module, train
 
 
@@ -124,6 +125,15 @@ def test_training_raises_the_evicted_share_towards_the_target(make_config):
     outcome = train(make_config(steps=40, cr=3.0, cr_family=(3.0,), ramp=0.5, log_every=40), progress=False)
     row = json.loads((outcome.folder / "metrics.jsonl").read_text())
     assert row["evicted_soft"] > 0.5 * row["evict_target"]
+
+
+def test_the_rates_rise_stay_and_fall_to_nothing():
+    rates = Optimizer(warmup_steps=4, decay=0.5)
+    found = [rates.factor(step, 20) for step in range(20)]
+    assert found[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert found[4:11] == [1.0] * 7
+    assert found[11:] == pytest.approx([0.9 - 0.1 * i for i in range(9)])
+    assert [Optimizer().factor(step, 3) for step in range(3)] == [1.0] * 3
 
 
 def test_a_fine_tuned_window_trains_with_the_same_code(make_config):

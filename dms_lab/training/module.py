@@ -9,6 +9,7 @@ weights move. Source: Lancucki et al. 2025, section 3; the one-sided retention l
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -59,6 +60,13 @@ class Optimizer:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_steps: int = 0
+    decay: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """What both rates are multiplied by: linear over the warm-up, 1, linear to 0 over the last `decay` share."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        falling = min(1.0, (steps - step) / (self.decay * steps)) if self.decay else 1.0
+        return rising * max(0.0, falling)
 
 
 class RetrofitModule(L.LightningModule):
@@ -105,8 +113,8 @@ class RetrofitModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], betas=self.optimizer.betas, weight_decay=self.optimizer.weight_decay
         )
-        warmup = max(1, self.optimizer.warmup_steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        factor = partial(self.optimizer.factor, steps=self.objective.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -- one step ------------------------------------------------------------------------------------------------------

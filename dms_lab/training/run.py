@@ -86,7 +86,9 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         attention=config.attention,
         lm_loss_every=config.log_every,
     )
-    optimizer = Optimizer(config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps)
+    optimizer = Optimizer(
+        config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps, config.decay
+    )
     return RetrofitModule(handle, teacher, config.trained, objective, optimizer), base
 
 

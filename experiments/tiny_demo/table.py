@@ -1,0 +1,38 @@
+"""The demo's results over seeds as Markdown: python experiments/tiny_demo/table.py [results.jsonl ...]
+
+Without arguments: every results_seed*.jsonl beside this file. Where seeds differ, the range stands behind the mean.
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from dms_lab import results
+from dms_lab.plots import STYLE
+from dms_lab.tiny.tasks import FAMILIES
+
+files = [Path(name) for name in sys.argv[1:]] or sorted(Path(__file__).parent.glob("results_seed*.jsonl"))
+frame = pd.concat([results.load(file) for file in files])
+seeds = sorted(frame["seed"].unique())
+
+
+def spread(values: pd.Series, digits: int = 1, factor: float = 1.0) -> str:
+    """The mean over seeds, and the range where there is one."""
+    low, high, mean = (f"{factor * v:.{digits}f}" for v in (values.min(), values.max(), values.mean()))
+    return mean if low == high else f"{mean} ({low}-{high})"
+
+
+print(f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {frame['num_problems'].max()} problems a family and seed\n")
+print("| CR | method | measured | " + " | ".join(FAMILIES) + " | mean | text ppl | KV reads | peak |")
+print("|---" * (8 + len(FAMILIES)) + "|")
+order = list(STYLE)
+for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lambda g: (g[0][0], order.index(g[0][1]))):
+    tasks, text = rows[rows["accuracy"].notna()], rows[rows["perplexity"].notna()]
+    by_seed = tasks.groupby("seed")
+    cells = [spread(tasks[tasks["task"] == family]["accuracy"], factor=100) for family in FAMILIES]
+    mean = spread(by_seed["accuracy"].mean(), factor=100)
+    measured = spread(by_seed["measured_cr"].mean(), 2)
+    cost = [f"{by_seed[name].mean().mean():.0f}" for name in ("kv_reads", "peak_tokens")]
+    perplexity = spread(text["perplexity"], 2)
+    print(f"| {cr:g} | {STYLE[method][3]} | {measured} | " + " | ".join([*cells, mean, perplexity, *cost]) + " |")
