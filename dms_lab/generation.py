@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dms_lab.accounting import Meter, Request
@@ -57,18 +58,23 @@ def generate_greedy(
     return [results[i] for i in range(len(prompts))]
 
 
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token rows as ids, attention mask and positions [B, T], padded on the left with id 0, mask 0 and position 0."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.as_tensor(row, device=device)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
 def _generate_batch(
     model: PreTrainedModel, policy: Policy, prompts: list[list[int]], max_new_tokens: int, end_id: int
 ) -> list[Generated]:
     device = next(model.parameters()).device
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
-        mask[row, longest - len(prompt) :] = 1
+    ids, mask, positions = left_padded(prompts, device)
     cache, meter = MaskedCache(policy), Meter(len(prompts))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
     active = list(range(len(prompts)))
     texts: list[list[int]] = [[] for _ in prompts]
     reasons = ["length"] * len(prompts)

@@ -71,6 +71,7 @@ def test_a_paper_recipe_has_the_numbers_of_the_paper_s_table(model):
     assert (config.batch_size * config.accumulate, config.context, config.window, config.lr) == TABLE_3[model]
     assert (config.predictor, config.neuron_index, config.trained, config.count) == ("neuron", 0, "all", "decisions")
     assert config.data.kind == "openr1_math"
+    assert config.retention == "one_sided"
 
 
 def test_a_paper_recipe_raises_cr_by_one_in_100_steps_once_the_neuron_has_faded():

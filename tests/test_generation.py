@@ -1,14 +1,18 @@
 """Batched decoding with hard decisions equals decoding alone, and counts what it says."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from dms_lab import eviction
 from dms_lab.attachment import retrofit
+from dms_lab.evaluation import hard
 from dms_lab.generation import generate_greedy
-from dms_lab.policies import FullPolicy, StreamingLLMPolicy
+from dms_lab.policies import FullPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.dms import DmsConfig
+from dms_lab.tiny.corpus import Document
 
 PROMPTS = [list(range(10, 31)), list(range(40, 49)), list(range(100, 133))]
 
@@ -92,3 +96,18 @@ def test_plain_generate_takes_a_masked_cache(handle):
     )
     (found,) = generate_greedy(handle.model, handle.policy, [prompt], 8, end_id=3)
     assert out[0, len(prompt) :].tolist() == found.ids
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dms", "full", "tova"])
+def test_perplexity_of_a_batch_is_that_of_its_documents_one_by_one(handle, name):
+    make = {"dms": handle.policy, "full": FullPolicy, "tova": lambda: TovaPolicy(9)}[name]
+    documents = [Document(prompt) for prompt in PROMPTS]
+    label = hard.Label("r", "m", name, 1.0, None, 0, "")
+    whole = hard.evaluate_perplexity(handle, make, documents, label, "text")
+    alone = [hard.evaluate_perplexity(handle, make, [document], label, "text") for document in documents]
+    sizes = [len(prompt) - 1 for prompt in PROMPTS]
+    mean = sum(n * math.log(r.perplexity) for n, r in zip(sizes, alone, strict=True)) / sum(sizes)
+    assert whole.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+    live = sum(len(p) / r.measured_cr for p, r in zip(PROMPTS, alone, strict=True))
+    assert whole.measured_cr == pytest.approx(sum(map(len, PROMPTS)) / live)

@@ -18,7 +18,7 @@ from dms_lab.attachment import Retrofit
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.policy import Policy
 from dms_lab.distillation import lm_loss
-from dms_lab.generation import Generated, generate_greedy
+from dms_lab.generation import Generated, generate_greedy, left_padded
 from dms_lab.results import Result
 from dms_lab.structure import output_head
 from dms_lab.tiny import corpus, tasks
@@ -106,21 +106,30 @@ def bytes_per_token(handle: Retrofit) -> int:
 
 @torch.inference_mode()
 def evaluate_perplexity(
-    handle: Retrofit, make_policy: Callable[[], Policy], documents: Sequence[Document], label: Label, task: str
+    handle: Retrofit,
+    make_policy: Callable[[], Policy],
+    documents: Sequence[Document],
+    label: Label,
+    task: str,
+    batch_size: int = 32,
 ) -> Result:
-    """Perplexity of held-out documents with evictions active, one forward a document through an empty cache."""
+    """Perplexity of held-out documents with evictions active, one forward a batch through an empty cache."""
     started = time.monotonic()
     device = next(handle.model.parameters()).device
     head = output_head(handle.model)
     total, count, num_tokens, live = 0.0, 0, 0, 0.0
-    for document in documents:
-        ids = torch.tensor([document.ids], device=device)
+    for start in range(0, len(documents), batch_size):
+        ids, mask, positions = left_padded([d.ids for d in documents[start : start + batch_size]], device)
         cache = MaskedCache(make_policy())
-        hidden = handle.model.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state
-        total += float(lm_loss(hidden[0, :-1], ids[0, 1:], head)) * (ids.shape[1] - 1)
-        count += ids.shape[1] - 1
-        num_tokens += ids.shape[1]
-        live += float(cache.live_slots().float().mean())
+        hidden = handle.model.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        follows = mask[:, :-1].bool()  # a token whose successor is in the batch too: padding is on the left
+        size = int(follows.sum())
+        total += float(lm_loss(hidden[:, :-1][follows], ids[:, 1:][follows], head)) * size
+        count += size
+        num_tokens += int(mask.sum())
+        live += float(cache.live_slots().float().mean((1, 2)).sum())
     return Result(
         **vars(label),
         task=task,

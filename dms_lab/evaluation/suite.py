@@ -95,7 +95,8 @@ def measure(subject: Subject, job: Job) -> tuple[list[Result], float]:
             }
             found, live = hard.evaluate_tasks(handle, make_policy, tokenizer, problems, label, settings.batch_size)
         if subject.held_out:
-            found.append(hard.evaluate_perplexity(handle, make_policy, subject.held_out, label, "held_out_text"))
+            text = (handle, make_policy, subject.held_out, label, "held_out_text", settings.batch_size)
+            found.append(hard.evaluate_perplexity(*text))
     return found, live
 
 
