@@ -24,6 +24,8 @@ def console() -> Console:
 
 def quiet() -> None:
     """Silences Lightning's and transformers' notices in this process and those it starts; warnings of others remain."""
+    import lightning.pytorch  # noqa: F401  sets its loggers' levels when imported: they must be set after that
+
     for notice in _NOTICES:
         warnings.filterwarnings("ignore", message=notice)
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
