@@ -136,6 +136,14 @@ def test_the_rates_rise_stay_and_fall_to_nothing():
     assert [Optimizer().factor(step, 3) for step in range(3)] == [1.0] * 3
 
 
+def test_a_target_that_was_missed_is_told(make_config, caplog, tmp_path):
+    train(make_config(adapter_lr=1e-9), progress=False)
+    assert "cr=4 was asked for, but at the end of training the decisions give 1.00" in caplog.text
+    caplog.clear()
+    train(make_config(steps=60, cr=2.0, cr_family=(2.0,), ramp=0.3, out=str(tmp_path / "met")), progress=False)
+    assert "was asked for" not in caplog.text
+
+
 def test_a_fine_tuned_window_trains_with_the_same_code(make_config):
     outcome = train(make_config(method="streaming_llm", trained="all", cr_family=(4.0,)), progress=False)
     assert json.loads((outcome.checkpoint(4) / "dms.json").read_text())["policy"]["window"] == 96 / 4 - 4

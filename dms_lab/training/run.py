@@ -162,6 +162,23 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
         tracker.finish()
     if stop.stopped_by and trainer.global_step < config.steps:
         return Outcome(folder, False, stop.stopped_by)
+    _tell_a_missed_target(folder, config)
     done.write_text(json.dumps(provenance) + "\n")
     last.unlink(missing_ok=True)
     return Outcome(folder, True)
+
+
+def _tell_a_missed_target(folder: Path, config: TrainConfig) -> None:
+    """Logs a warning if the decisions at the end of the run give a ratio more than a tenth away from the target."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = rows[-max(1, len(rows) // 10) :]
+    found = sum(row["cr_hard"] for row in rows) / len(rows)
+    wanted = config.cr
+    if config.count == "live" and abs(found - wanted) > 0.1 * wanted:
+        _log.warning(
+            "cr=%g was asked for, but at the end of training the decisions give %.2f (mean of %d logged batches): train "
+            "for more steps, train more weights (trained=lora or all), or raise retention_weight, which costs accuracy",
+            wanted,
+            found,
+            len(rows),
+        )
