@@ -35,7 +35,16 @@ class Retrofit:
         self._hooks: list[Any] = []
         self._lora: list[nn.Module] = []
         self._base = model.get_decoder()
-        self._attach()
+        if "flash" in self._original:
+            raise ValueError(
+                f"{type(model).__name__} was loaded with attn_implementation={self._original!r}, which takes no decisions; "
+                'load it with attn_implementation="sdpa" or "eager"'
+            )
+        try:
+            self._attach()
+        except BaseException:
+            self._take_off()
+            raise
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def _attach(self) -> None:
@@ -68,6 +77,11 @@ class Retrofit:
 
     def detach(self) -> PreTrainedModel:
         """Takes hooks and predictors off; the model computes what it computed before, to the bit. Returns the model."""
+        self._take_off()
+        del self.model.dms_retrofit
+        return self.model
+
+    def _take_off(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -76,8 +90,6 @@ class Retrofit:
                 delattr(attention, PREDICTOR)
         detach_lora(self.attentions)
         self.model.set_attn_implementation(self._original)
-        del self.model.dms_retrofit
-        return self.model
 
     # -- using -------------------------------------------------------------------------------------------------------
     @property
@@ -138,13 +150,13 @@ class Retrofit:
         document = _document_from_mask(mask) if mode == "hard" else None
         return ForwardPlan(mode, self.config, document, cache=cache if isinstance(cache, MaskedCache) else None)
 
-    def off(self, document: Tensor | None = None) -> ForwardPlan:
+    def off(self, document: Tensor | None = None, backend: str = "auto") -> ForwardPlan:
         """The plan of the original model over packed documents [B, T]: the teacher."""
-        return ForwardPlan("off", self.config, document)
+        return ForwardPlan("off", self.config, document, backend=backend)
 
-    def soft(self, relaxation: Relaxation, document: Tensor | None = None) -> ForwardPlan:
+    def soft(self, relaxation: Relaxation, document: Tensor | None = None, backend: str = "auto") -> ForwardPlan:
         """The plan of a training forward over packed documents [B, T]: the student."""
-        return ForwardPlan("soft", self.config, document, relaxation)
+        return ForwardPlan("soft", self.config, document, relaxation, backend=backend)
 
 
 def retrofit(model: PreTrainedModel, config: DmsConfig | None) -> Retrofit:

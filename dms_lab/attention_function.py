@@ -43,7 +43,6 @@ class Relaxation:
     noise_key: tuple[int, int, int, int] | None
     neuron_keep: float = 0.0
     decides: bool = True
-    backend: str = "auto"
     evict_probability: dict[int, Tensor] = field(default_factory=dict)
     evict: dict[int, Tensor] = field(default_factory=dict)
 
@@ -59,6 +58,7 @@ class ForwardPlan:
 
     mode      "off": the original attention; "soft": relaxed decisions; "hard": decisions as at inference
     document  [B, S] int, one id per document, -1 for padding; None: rows are one unpadded document each
+    backend   of the attention over packed documents, see `attention.soft`
     """
 
     mode: str
@@ -66,6 +66,7 @@ class ForwardPlan:
     document: Tensor | None = None
     relaxation: Relaxation | None = None
     cache: MaskedCache | None = None
+    backend: str = "auto"
 
     @property
     def neuron_keep(self) -> float | None:
@@ -175,5 +176,5 @@ def _soft(
         softcap=scores.softcap,
         sinks=scores.sinks,
         sliding_window=scores.sliding_window,
-        backend=plan.relaxation.backend if plan.relaxation else "auto",
+        backend=plan.backend,
     )

@@ -65,7 +65,10 @@ def base_config_hash(model: PreTrainedModel) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """12 hex digits over the first values of every base weight, rounded to bfloat16, so equal in any float dtype."""
+    """12 hex digits over the first values of every base weight, rounded to bfloat16: equal in bfloat16 and float32.
+
+    Of weights stored in bfloat16, float16 loses the smallest; another fingerprint is the consequence.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if PREDICTOR not in name:
@@ -188,7 +191,8 @@ def _check_base(folder: Path, metadata: Metadata, model: PreTrainedModel) -> Non
     if metadata.trained != "all" and (found := fingerprint(model)) != metadata.base_fingerprint:
         raise CheckpointError(
             f"{folder} holds predictors for the weights of {metadata.base_model} (fingerprint "
-            f"{metadata.base_fingerprint}); this model has the same shape but other weights (fingerprint {found})"
+            f"{metadata.base_fingerprint}); this model has the same shape but other weights (fingerprint {found}), or was "
+            "loaded in float16: use the same weights in float32 or bfloat16"
         )
 
 

@@ -219,6 +219,8 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     family = _typed("cr_family", values["cr_family"], tuple[float, ...])
     if any(member < 1 for member in family):
         raise ValueError(f"cr_family={list(family)} holds a member below 1; each is a compression ratio, full / kept")
+    if values.get("method") == "streaming_llm":  # its window is that of `cr`, whatever the schedule passes on the way
+        family = ()
     values["cr_family"] = sorted({member for member in family if 1 < member < cr} | {cr})
     config = _build(TrainConfig, values | groups, "")
     validate(config)

@@ -7,6 +7,7 @@ A second call finds the finished runs and only repeats what is missing.
 """
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -66,14 +67,15 @@ def run(config, controls: dict[str, dict]) -> None:
         for cr in ((config.cr,) if name == "streaming_llm_tuned" else config.cr_family)
     }
     folder = root / "dms"
-    if (folder / "evaluated").is_file():
+    record, what = folder / "evaluated.json", json.dumps([sorted(controls), dataclasses.asdict(config.eval)])
+    if config.resume and record.is_file() and record.read_text() == what:
         frame = results.load(folder / results.RESULTS)
         console().print(plots.summary_table(frame))
         print(f"figures: {folder / 'pareto.png'} and pareto.html (evaluated before; remove {root} to start afresh)")
         return
     (folder / results.RESULTS).unlink(missing_ok=True)
     evaluate_run(config, folder, others)
-    (folder / "evaluated").touch()
+    record.write_text(what)
 
 
 if __name__ == "__main__":

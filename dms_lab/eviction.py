@@ -146,15 +146,6 @@ def evict_target(cr: float, num_tokens: int, num_old_tokens: int, count: str = "
     return min(1.0, share)
 
 
-def check_reachable(cr: float, context: int, window: int, count: str = "live") -> None:
-    """Raises `ValueError` if the window alone keeps more than `cr` allows at `context` tokens."""
-    if count == "live" and context <= cr * window:
-        raise ValueError(
-            f"cr={cr:g} cannot be reached at context={context} with window={window}: it needs T > cr * window, here "
-            f"{context} > {cr * window:g}; lower cr or window, or train on longer sequences"
-        )
-
-
 def retention_loss(
     evict_probabilities: Sequence[Tensor], real: Tensor, target: float, retention: str = "one_sided"
 ) -> Tensor:

@@ -53,16 +53,22 @@ def _offline() -> bool:
 
 
 def load_base(config: ModelConfig, device: str | None = None) -> PreTrainedModel:
-    """The unchanged model in evaluation mode, in the configured dtype."""
-    model = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=getattr(torch, config.dtype))
+    """The unchanged model in evaluation mode, in the configured dtype; `ValueError` if its files cannot be had."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_path(config.path), dtype=getattr(torch, config.dtype))
+    except OSError as error:
+        raise ValueError(f"model.path={config.path} cannot be loaded: {error}") from error
     if device is not None:
         model = model.to(device)
     return model.eval()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer beside the model."""
-    return AutoTokenizer.from_pretrained(resolve_path(config.path))
+    """The tokenizer beside the model; `ValueError` if its files cannot be had (a gated repository, say)."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve_path(config.path))
+    except OSError as error:
+        raise ValueError(f"model.path={config.path} has no tokenizer that can be loaded: {error}") from error
 
 
 def default_device() -> str:

@@ -1,6 +1,6 @@
 """What the model is trained on, seen: packed rows with their loss mask.
 
-completion tokens green, prompt tokens dim, a rule between documents, padding counted
+Every real token is distilled, padding never: completion tokens green, prompt tokens dim, a rule between documents
 
 python -m dms_lab.preview data=jsonl data.path=chats.jsonl
 """
@@ -30,12 +30,12 @@ def render(batch: "dict[str, Tensor]", tokenizer: "PreTrainedTokenizerBase") -> 
         for number in range(max(document) + 1):
             places = [i for i, d in enumerate(document) if d == number]
             learned = sum(is_completion[i] for i in places)
-            title = f"row {index}, document {number}: {len(places)} tokens, {learned} completion"
+            title = f"row {index}, document {number}: {len(places)} tokens distilled, {learned} of them completion"
             text.append(f"\n--- {title} ---\n", BORDER)
             for flag, run in _runs(places, is_completion):
                 piece = tokenizer.decode([ids[i] for i in run], clean_up_tokenization_spaces=False)
                 text.append(piece, COMPLETION if flag else PROMPT)
-        text.append(f"\n--- row {index}: {document.count(-1)} of {len(document)} padding ---\n", BORDER)
+        text.append(f"\n--- row {index}: {document.count(-1)} of {len(document)} padding, not in the loss ---\n", BORDER)
     return text
 
 

@@ -33,6 +33,10 @@ def test_train_ends_with_the_evaluation_and_evaluate_repeats_it(tmp_path):
     assert {row["method"] for row in rows} == {"full", "dms", "streaming_llm"}
     assert {row["task"] for row in rows} == {"ledger", "road", "program", "held_out_text"}
     assert (folder / "pareto.png").is_file()
+    assert "CR" in run("evaluate", "checkpoint=run/checkpoints/cr2", "num_problems=1", cwd=tmp_path)
+    one = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()][len(rows) :]
+    assert {(row["method"], row["target_cr"]) for row in one} == {("full", 1.0), ("dms", 2.0)}
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("evaluate", "checkpoint=run", cwd=tmp_path)
     again = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     keys = ("method", "task", "target_cr", "accuracy", "perplexity", "kv_reads", "measured_cr")

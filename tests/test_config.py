@@ -233,6 +233,7 @@ def test_steps_follow_from_the_target_unless_given():
 
 
 def test_the_family_ends_at_the_target():
+    assert build("method=streaming_llm", "trained=all").cr_family == (8.0,)  # one window, one budget
     assert build("cr=6").cr_family == (2.0, 4.0, 6.0)
     assert build("cr=2").cr_family == (2.0,)
 

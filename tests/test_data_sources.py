@@ -56,7 +56,8 @@ def parts(document, tokenizer):
 
 def chats(path, tokenizer, limit=0):
     bad = documents.BadLines(limit)
-    return list(documents.chat_documents([path], tokenizer, bad)), bad
+    lines = sorted((line for part in documents.split_lines([path]) for line in part), key=lambda line: line.number)
+    return list(documents.chat_documents(lines, tokenizer, bad)), bad
 
 
 def test_all_three_forms_of_a_line_are_read(tmp_path, tokenizer):
@@ -66,7 +67,7 @@ def test_all_three_forms_of_a_line_are_read(tmp_path, tokenizer):
     assert first == second
     expected = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     assert parts(first, tokenizer) == (expected, TRACE + tokenizer.eos_token)
-    assert tokenizer.decode(third.ids) == "x = 1"
+    assert tokenizer.decode(third.ids) == tokenizer.bos_token + "x = 1"
     assert all(third.is_completion)
     assert not bad.found
 
@@ -93,7 +94,7 @@ def test_a_bad_line_is_named_by_file_and_number_and_costs_itself_alone(tmp_path,
 
 def test_a_line_that_is_not_utf8_costs_itself_alone(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n{"text": "good"}\n')
+    path.write_bytes(b'{"text": "good"}\n{"text": "\xff"}\n\n{"text": "good"}\n')
     found, bad = chats(path, tokenizer, limit=1)
     assert len(found) == 2
     assert bad.found[0].startswith(f"{path}:2")
@@ -200,8 +201,11 @@ def test_batches_of_files_are_full_rows_and_held_out_text_is_not_among_them(make
     assert data.batch(0)["ids"].shape == (config.batch_size, config.context)
     trained = {tuple(d.ids) for row in data.packed.rows for d in row}
     held_out = held_out_documents(config, tokenizer, 10**6)
-    assert (len(trained), len(held_out)) == (38, 2)
+    assert len(trained) + len(held_out) == 40
+    assert 0 < len(held_out) < 10
     assert not trained & {tuple(d.ids) for d in held_out}
+    order, other = (RetrofitData(dataclasses.replace(config, seed=seed), tokenizer).packed.rows for seed in (0, 1))
+    assert [d.ids for row in order for d in row] != [d.ids for row in other for d in row]
     again = RetrofitData(config, tokenizer)
     again.batch(0)
     assert all(torch.equal(value, again.batch(7)[key]) for key, value in data.batch(7).items())
@@ -268,3 +272,32 @@ def test_no_more_is_read_than_the_run_needs(make_config, tmp_path, tokenizer, mo
     data = RetrofitData(config, tokenizer)
     assert len(data.packed.rows) == 2 * config.batch_size
     assert len(read) < 5
+
+
+def test_documents_too_short_for_the_window_are_refused_with_the_ratio_they_allow(make_config, tmp_path, tokenizer):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"x = {i}"} for i in range(40)])
+    config = dataclasses.replace(make_config(steps=20), data=DataConfig("jsonl", str(path)))
+    with pytest.raises(ValueError, match=r"cr=4 cannot be reached on this data: .* window=4 alone keeps"):
+        RetrofitData(config, tokenizer)
+    RetrofitData(dataclasses.replace(config, count="decisions"), tokenizer)
+
+
+def test_equal_lines_are_never_on_both_sides_and_a_lone_line_serves_both_aloud(make_config, tmp_path, tokenizer, caplog):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"line {i % 20} " * 9} for i in range(200)])
+    training, held_out = documents.split_lines([path])
+    texts = path.read_text().splitlines()
+    assert len(training) + len(held_out) == 200
+    assert held_out
+    assert not {texts[line.number - 1] for line in training} & {texts[line.number - 1] for line in held_out}
+    lone = write_lines(tmp_path / "b.jsonl", [{"text": "one line alone " * 20}])
+    config = dataclasses.replace(make_config(), data=DataConfig("jsonl", str(lone)))
+    assert held_out_documents(config, tokenizer, 10)
+    assert "of text trained on" in caplog.text
+
+
+def test_no_held_out_document_is_told_before_anything_is_trained(make_config, tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("short")
+    (tmp_path / "b.txt").write_text("short")
+    config = dataclasses.replace(make_config(), data=DataConfig("text", str(tmp_path)))
+    with pytest.raises(ValueError, match="holds out no document"):
+        held_out_documents(config, tokenizer, 10)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from dms_lab import eviction
 from dms_lab.attachment import retrofit
+from dms_lab.cache.masked import MaskedCache
 from dms_lab.evaluation import hard
 from dms_lab.generation import generate_greedy
 from dms_lab.policies import FullPolicy, StreamingLLMPolicy, TovaPolicy
@@ -111,3 +112,14 @@ def test_perplexity_of_a_batch_is_that_of_its_documents_one_by_one(handle, name)
     assert whole.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
     live = sum(len(p) / r.measured_cr for p, r in zip(PROMPTS, alone, strict=True))
     assert whole.measured_cr == pytest.approx(sum(map(len, PROMPTS)) / live)
+
+
+def test_transformers_own_generate_works_on_a_masked_cache(handle):
+    found = generate_greedy(handle.model, handle.policy, PROMPTS, 8, end_id=3)
+    for prompt, wanted in zip(PROMPTS, found, strict=True):
+        cache = MaskedCache(handle.policy())
+        out = handle.model.generate(
+            torch.tensor([prompt]), past_key_values=cache, max_new_tokens=8, do_sample=False, eos_token_id=3, pad_token_id=0
+        )
+        assert out[0, len(prompt) :].tolist() == wanted.ids
+        assert cache.live_slots().float().mean().item() == pytest.approx(wanted.usage.live_tokens)

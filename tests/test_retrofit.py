@@ -317,6 +317,50 @@ def test_models_without_ordinary_keys_are_refused_with_the_reason(family, settin
         retrofit(model, DmsConfig())
 
 
+def test_a_flash_attention_model_is_refused_and_left_as_it_was():
+    model = build("llama")
+    model.config._attn_implementation = "flash_attention_2"  # as if it had been loaded with it
+    with pytest.raises(ValueError, match="attn_implementation='flash_attention_2', which takes no decisions"):
+        retrofit(model, DmsConfig())
+    model.config._attn_implementation = "sdpa"
+    before = last_logits(model)
+    handle = retrofit(model, DmsConfig())
+    handle.detach()
+    assert torch.equal(last_logits(model), before)
+
+
+def test_a_retrofit_that_fails_half_way_leaves_no_hook(monkeypatch):
+    model = build("llama")
+    before = last_logits(model)
+
+    def fail(original):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("dms_lab.attachment.register", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        retrofit(model, DmsConfig())
+    assert torch.equal(last_logits(model), before)
+    assert not any(PREDICTOR in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("predictor", ["adapter", None])
+def test_decoding_in_bfloat16_errs_as_little_as_the_original_model_does(predictor):
+    """Against the same weights in float32; the original bfloat16 model is the yardstick."""
+    model = build("llama").bfloat16()
+    exact = build("llama").bfloat16().float()
+    wanted = last_logits(exact)
+    original = (last_logits(model).float() - wanted).abs().max()
+    handle = retrofit(model, DmsConfig(window=TOKENS) if predictor else None)
+    cache = MaskedCache(handle.policy() if predictor else FullPolicy())
+    ids, mask = batch()["input_ids"], batch()["attention_mask"]
+    parts = []
+    with torch.no_grad():
+        for i in range(TOKENS):
+            out = model(input_ids=ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=cache)
+            parts.append(out.logits)
+    assert (torch.cat(parts, 1)[mask.bool()].float() - wanted).abs().max() < 2 * original + 1e-3
+
+
 def test_a_second_retrofit_and_a_foreign_cache_are_refused():
     from transformers import DynamicCache
 

@@ -1,12 +1,16 @@
 """Evaluates a run's checkpoints, appends the results, and shows them: table, `pareto.png`, `pareto.html`."""
 
 import json
+import logging
 from pathlib import Path
 
 from dms_lab import models, plots, results, terminal
+from dms_lab.checkpoint import METADATA
 from dms_lab.config import TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.training.data import held_out_documents
+
+_log = logging.getLogger(__name__)
 
 
 def method_name(config: TrainConfig) -> str:
@@ -20,17 +24,30 @@ def load_config(folder: Path) -> TrainConfig:
     """The configuration that a run left in its folder; raises `ValueError` if there is none."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"no config.json in {folder}: give the folder of a run of dms_lab.train")
+        raise ValueError(f"no config.json in {folder}: give the folder of a run of dms_lab.train, or a checkpoint in it")
     values = json.loads(path.read_text())
     return resolve(values | {"steps_per_cr": 1})
 
 
-def evaluate_run(config: TrainConfig, folder: Path, others: dict[tuple[str, float], Path] | None = None) -> None:
-    """Evaluates the family in `folder` (and `others`), appends to `results.jsonl`, prints the table, draws figures."""
+def run_of(place: Path) -> Path:
+    """The folder of the run that `place` is, or whose checkpoint it is."""
+    return place.parent.parent if (place / METADATA).is_file() else place
+
+
+def evaluate_run(
+    config: TrainConfig,
+    folder: Path,
+    others: dict[tuple[str, float], Path] | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Evaluates the family in `folder` (and `others`), appends to `results.jsonl`, prints the table, draws figures.
+
+    `checkpoint` names one member, to evaluate that alone.
+    """
     name = method_name(config)
     subject = Subject(
         model=config.model,
-        checkpoints=checkpoints_of(folder, name) | (others or {}),
+        checkpoints=checkpoints_of(checkpoint or folder, name) | (others or {}),
         run_id=folder.name,
         seed=config.seed,
         config_hash=config_hash(config),
@@ -38,6 +55,8 @@ def evaluate_run(config: TrainConfig, folder: Path, others: dict[tuple[str, floa
         held_out=held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens),
         knows_tasks=config.data.kind == "tiny",
     )
+    if config.eval.rivals and not subject.knows_tasks:
+        _log.info("no untrained rivals: they run on the generated tasks, and this run's evaluation is held-out text")
     rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
     console = terminal.console()
     path = folder / results.RESULTS

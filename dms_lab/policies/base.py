@@ -49,7 +49,7 @@ class WindowedPolicy(ABC):
             )
         else:
             visible = visible_keys(evict, window, state, query, key, scores.sliding_window)
-            output, _ = reference.attend(query, key, value, visible, scores.scaling, scores.softcap, scores.sinks)
+            output, _ = attend_wide(query, key, value, visible, scores)
         return output, live_keys(evict, window, state, query.shape[2], key, scores.sliding_window)
 
 
@@ -92,6 +92,16 @@ def live_keys(
     return (live * real)[:, :, num_keys - num_queries :]
 
 
+def attend_wide(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """The dense reference, computed in float32 whatever the model's dtype; output [B, H, Q, D] in that dtype, weights not.
+
+    In bfloat16 a softmax over thousands of keys would err several times as much as the original model does.
+    """
+    wide = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
+    output, weights = reference.attend(*wide, visible, scores.scaling, scores.softcap, scores.sinks)
+    return output.to(query.dtype), weights
+
+
 class RankedPolicy(ABC):
     """A policy that ranks the live keys after each query and drops the lowest while more than `budget` are live.
 
@@ -123,15 +133,8 @@ class RankedPolicy(ABC):
             if scores.sliding_window is not None:
                 seen = seen.clone()
                 seen[:, :, : max(0, now + 1 - scores.sliding_window)] = False
-            output, weights = reference.attend(
-                query[:, :, row : row + 1],
-                key[:, :, : now + 1],
-                value[:, :, : now + 1],
-                seen[:, :, None],
-                scores.scaling,
-                scores.softcap,
-                scores.sinks,
-            )
+            seen_keys = (key[:, :, : now + 1], value[:, :, : now + 1], seen[:, :, None])
+            output, weights = attend_wide(query[:, :, row : row + 1], *seen_keys, scores)
             outputs.append(output)
             counts.append(seen.sum(-1))
             ranks = self.rank(state, weights[:, :, 0].float(), live[:, :, : now + 1])

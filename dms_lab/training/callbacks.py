@@ -5,6 +5,7 @@ import logging
 import resource
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ class JsonlMetrics(L.Callback):
     def __init__(self, folder: Path, every: int, tracker: Tracker | None = None) -> None:
         self.path, self.every, self.tracker = folder / "metrics.jsonl", every, tracker
         self._tokens, self._since = 0, time.monotonic()
+
+    def on_train_start(self, trainer: L.Trainer, module: RetrofitModule) -> None:
+        """Drops what a run that was killed wrote after its last save, or only half wrote: these steps come again."""
+        if not self.path.is_file():
+            return
+        rows = []
+        for line in self.path.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+        kept = [row for row in rows if row["step"] <= trainer.global_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
         self._tokens += int(module.last["tokens"])
@@ -89,10 +103,14 @@ class FamilyCheckpoints(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """On SIGINT or SIGTERM: finishes the step, writes `last.ckpt`, ends the run. Also writes it every `every` steps."""
+    """On SIGINT or SIGTERM: finishes the step, writes `last.ckpt`, ends the run. A second signal ends it at once.
 
-    def __init__(self, folder: Path, every: int = 50) -> None:
-        self.path, self.every = folder / LAST, every
+    Also writes it every `every` steps, and at the end of a step when `every_seconds` have passed since.
+    """
+
+    def __init__(self, folder: Path, every: int = 50, every_seconds: float = 600.0) -> None:
+        self.path, self.every, self.every_seconds = folder / LAST, every, every_seconds
+        self._saved = time.monotonic()
         self.stopped_by: str | None = None
         self._before: dict[int, Any] = {}
 
@@ -102,12 +120,16 @@ class GracefulStop(L.Callback):
 
     def _note(self, number: int, frame: Any) -> None:
         self.stopped_by = signal.Signals(number).name
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        _log.warning("%s: the step is finished and saved first; once more to end at once", self.stopped_by)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int) -> None:
         if not ends_a_step(trainer, index):
             return
-        if self.stopped_by or trainer.global_step % self.every == 0:
+        is_due = trainer.global_step % self.every == 0 or time.monotonic() - self._saved > self.every_seconds
+        if self.stopped_by or is_due:
             self.save(trainer)
+            self._saved = time.monotonic()
         if self.stopped_by:
             trainer.should_stop = True
 

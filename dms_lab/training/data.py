@@ -44,6 +44,7 @@ class RetrofitData(L.LightningDataModule):
         rows = pack(compact(found), config.context, config.steps * config.accumulate * config.batch_size)
         if not rows:
             raise ValueError(f"data={config.data.kind} data.path={config.data.path} holds no document to train on")
+        check_reachable(rows, config)
         self.packed = PackedRows(rows, config.context, config.batch_size, self._pad, config.seed)
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
@@ -63,25 +64,44 @@ class RetrofitData(L.LightningDataModule):
         return DataLoader(torch.arange(self.config.steps * self.config.accumulate), batch_size=None)
 
 
+def check_reachable(rows: list[list[Document]], config: TrainConfig) -> None:
+    """Raises `ValueError` if the windows at the ends of these documents alone keep more than `cr` allows."""
+    if config.method != "dms" or config.count != "live" or config.cr == 1:
+        return
+    sizes = [len(document.ids) for row in rows for document in row]
+    kept = sum(min(size, config.window) for size in sizes)
+    if sum(sizes) <= config.cr * kept:
+        raise ValueError(
+            f"cr={config.cr:g} cannot be reached on this data: its documents have {sum(sizes) / len(sizes):.0f} tokens on "
+            f"average, and window={config.window} alone keeps {kept} of {sum(sizes)}, which is a ratio of "
+            f"{sum(sizes) / kept:.2f}; lower cr or window, give longer documents, or count decisions (count=decisions)"
+        )
+
+
 def held_out_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[Document]:
-    """Held-out text of about `num_tokens` tokens in documents of at most the context's length."""
+    """Held-out text of about `num_tokens` tokens in documents of at most the context's length; `ValueError` if none."""
     kept: list[Document] = []
     for document in fit(_held_out(config, tokenizer), config.context):
         if sum(len(d.ids) for d in kept) >= num_tokens:
             break
         kept.append(document)
+    if not kept:
+        raise ValueError(
+            f"data={config.data.kind} data.path={config.data.path} holds out no document to evaluate on (one file, line or "
+            "problem in ten is, and texts below 32 tokens are left out); give more data, or eval_after=false"
+        )
     return kept
 
 
 # -- training and held-out documents of each source -------------------------------------------------------------------
 def _training_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterable[Document]:
-    """Documents to train on, read as they are asked for; files and problems in an order drawn from the seed."""
+    """Documents to train on, read as they are asked for; files, lines and problems in an order drawn from the seed."""
     data, bad = config.data, documents.BadLines(config.data.max_bad_lines)
     if data.kind == "openr1_math":
         evaluated = documents.evaluation_texts(data.decontaminate)
         return documents.openr1_documents(data.path, tokenizer, evaluated, bad, seed=config.seed)
     if data.kind == "jsonl":
-        return _split_last(_chats(config, tokenizer, bad), data.path)[0]
+        return _chats(config, tokenizer, bad, held_out=False)
     training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
     if not held_out:
         return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[0]
@@ -97,7 +117,7 @@ def _held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterab
     if data.kind == "openr1_math":
         return documents.openr1_documents(data.path, tokenizer, [], bad, held_out=True)
     if data.kind == "jsonl":
-        return _split_last(_chats(config, tokenizer, bad), data.path)[1]
+        return _chats(config, tokenizer, bad, held_out=True)
     training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
     if not held_out:
         return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[1]
@@ -105,8 +125,16 @@ def _held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterab
     return documents.text_documents(held_out, tokenizer, config.context)
 
 
-def _chats(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, bad: documents.BadLines) -> list[Document]:
-    return list(documents.chat_documents(documents.text_files(config.data.path, (".jsonl",)), tokenizer, bad))
+def _chats(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, bad: documents.BadLines, held_out: bool
+) -> Iterable[Document]:
+    training, kept = documents.split_lines(documents.text_files(config.data.path, (".jsonl",)))
+    if held_out and not kept:
+        _log.warning("%s holds one line alone: held-out figures are of text trained on", config.data.path)
+        kept = training
+    chosen = kept if held_out else training
+    random.Random(f"{config.seed} lines" if not held_out else "held-out lines").shuffle(chosen)
+    return documents.chat_documents(chosen, tokenizer, bad)
 
 
 def _split_last(found: list[Document], place: str) -> tuple[list[Document], list[Document]]:

@@ -114,17 +114,44 @@ class BadLines:
             raise ValueError(f"more than data.max_bad_lines={self.limit} unusable lines, the first: {first}")
 
 
-def chat_documents(files: list[Path], tokenizer: PreTrainedTokenizerBase, bad: BadLines) -> Iterator[Document]:
-    """One document a line of jsonl files: `messages`, or `prompt` and `completion`, or `text`. Skips empty lines."""
+@dataclass(frozen=True)
+class Line:
+    """A line of a jsonl file: its number, from 1, and where it begins."""
+
+    file: Path
+    number: int
+    offset: int
+
+
+def split_lines(files: list[Path]) -> tuple[list[Line], list[Line]]:
+    """Lines to train on and held-out ones, without empty lines: one in ten by a hash of its text, so equal lines stay
+    together; the last line where the hash chooses none or all. A single line gives no held-out one."""
+    training: list[Line] = []
+    held_out: list[Line] = []
     for file in files:
         with file.open("rb") as lines:  # bytes: a line that is not UTF-8 must cost that line alone
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _encode_row(json.loads(line.decode("utf-8")), tokenizer)
-                except (ValueError, TemplateError) as error:
-                    bad.report(f"{file}:{number}", str(error) or type(error).__name__)
+            offset = 0
+            for number, text in enumerate(lines, 1):
+                if text.strip():
+                    chosen = held_out if is_held_out(text.strip().hex()) else training
+                    chosen.append(Line(file, number, offset))
+                offset += len(text)
+    if len(training) + len(held_out) > 1 and not (training and held_out):
+        both = training + held_out
+        return both[:-1], both[-1:]
+    return (training, held_out) if training else (held_out, [])
+
+
+def chat_documents(lines: Sequence[Line], tokenizer: PreTrainedTokenizerBase, bad: BadLines) -> Iterator[Document]:
+    """One document a line: `messages`, or `prompt` and `completion`, or `text` (which gets the begin token, if any)."""
+    for line in lines:
+        with line.file.open("rb") as file:
+            file.seek(line.offset)
+            text = file.readline()
+        try:
+            yield _encode_row(json.loads(text.decode("utf-8")), tokenizer)
+        except (ValueError, TemplateError) as error:
+            bad.report(f"{line.file}:{line.number}", str(error) or type(error).__name__)
 
 
 def _encode_row(row: object, tokenizer: PreTrainedTokenizerBase) -> Document:
@@ -140,8 +167,8 @@ def _encode_row(row: object, tokenizer: PreTrainedTokenizerBase) -> Document:
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return encode_trace([{"role": "user", "content": row["prompt"]}], row["completion"], tokenizer)
     if isinstance(row.get("text"), str) and row["text"]:
-        ids = tokenizer(row["text"], add_special_tokens=False).input_ids
-        return Document(ids)
+        begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        return Document(begin + tokenizer(row["text"], add_special_tokens=False).input_ids)
     raise ValueError("a line needs `messages`, or `prompt` and `completion`, or `text`")
 
 

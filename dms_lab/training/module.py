@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dms_lab import distillation, eviction
 from dms_lab.attachment import Retrofit, retrofit
@@ -26,7 +27,7 @@ from dms_lab.structure import output_head
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, and how CR rises. `cr` is what a user will measure at the training length (`count="live"`)."""
+    """What is minimised, and how CR rises. With `count="live"`, `cr` is measured at the end of the training documents."""
 
     cr: float
     steps: int
@@ -98,6 +99,9 @@ class RetrofitModule(L.LightningModule):
         for teacher in self._teacher:
             teacher.model.to(self.device)
         self.model.eval()  # no dropout: teacher and student must differ by eviction alone
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):  # checkpoints in training mode alone; its parts stay as set
+                module.training = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
@@ -135,12 +139,11 @@ class RetrofitModule(L.LightningModule):
             noise_key=(objective.seed, step, micro_batch, self.global_rank),
             neuron_keep=objective.neuron_keep(step),
             decides=step >= objective.neuron_zeroing_steps,
-            backend=objective.attention,
         )
         with torch.no_grad():
             teacher_handle = self._teacher[0] if self._teacher else self.handle
-            teacher_hidden = self._hidden(teacher_handle.model, batch, teacher_handle.off(document))
-        hidden = self._hidden(self.model, batch, self.handle.soft(relaxation, document))
+            teacher_hidden = self._hidden(teacher_handle.model, batch, teacher_handle.off(document, objective.attention))
+        hidden = self._hidden(self.model, batch, self.handle.soft(relaxation, document, objective.attention))
         kd = distillation.kl_loss(
             hidden[real],
             teacher_hidden[real],

@@ -94,16 +94,12 @@ def trim(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class PackedRows:
-    """An endless stream of batches over packed rows, every row once an epoch, shuffled by seed and epoch.
-
-    `batch(number)` is random access; iterating counts `num_batches`, and `load_state` goes on from a saved count.
-    """
+    """An endless stream of batches over packed rows, every row once an epoch, shuffled by seed and epoch."""
 
     def __init__(self, rows: list[list[Document]], context: int, batch_size: int, pad_id: int, seed: int) -> None:
         if not rows:
             raise ValueError("there is no row to draw batches from; give at least one document")
         self.rows, self.context, self.batch_size, self.pad_id, self.seed = rows, context, batch_size, pad_id, seed
-        self.num_batches = 0
         self._epoch, self._order = -1, list[int]()
 
     def batch(self, number: int) -> dict[str, Tensor]:
@@ -118,18 +114,3 @@ class PackedRows:
             random.Random(f"{self.seed} epoch {epoch}").shuffle(self._order)
             self._epoch = epoch
         return self.rows[self._order[place]]
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return self
-
-    def __next__(self) -> dict[str, Tensor]:
-        self.num_batches += 1
-        return self.batch(self.num_batches - 1)
-
-    def state(self) -> dict[str, int]:
-        """All that a resumed stream over the same rows needs."""
-        return {"seed": self.seed, "num_batches": self.num_batches}
-
-    def load_state(self, state: dict[str, int]) -> None:
-        """Goes on where `state` was taken."""
-        self.seed, self.num_batches, self._epoch = state["seed"], state["num_batches"], -1

@@ -17,7 +17,7 @@ from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.tracking import Tracker
 from dms_lab.training.callbacks import LAST, FamilyCheckpoints, GracefulStop, JsonlMetrics, ProgressBar
-from dms_lab.training.data import RetrofitData
+from dms_lab.training.data import RetrofitData, held_out_documents
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
 
 _log = logging.getLogger(__name__)
@@ -125,8 +125,11 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     L.seed_everything(config.seed, verbose=False)
     if config.threads:
         torch.set_num_threads(config.threads)
+    tokenizer = models.load_tokenizer(config.model)
+    if config.eval_after:
+        held_out_documents(config, tokenizer, 1)  # an error in it is told now, not after hours
+    data = RetrofitData(config, tokenizer)  # before the weights: what is wrong with the data costs no minutes
     module, base = build_module(config)
-    data = RetrofitData(config, models.load_tokenizer(config.model))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
     provenance = {
@@ -169,16 +172,16 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
 
 
 def _tell_a_missed_target(folder: Path, config: TrainConfig) -> None:
-    """Logs a warning if the decisions at the end of the run give a ratio more than a tenth away from the target."""
+    """Logs a warning if, over the last quarter of what was logged, a fifth more or less is live than was asked for."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = rows[-max(1, len(rows) // 10) :]
-    found = sum(row["cr_hard"] for row in rows) / len(rows)
-    wanted = config.cr
-    if config.count == "live" and abs(found - wanted) > 0.1 * wanted:
+    rows = rows[-max(1, len(rows) // 4) :]
+    found, wanted = (len(rows) / sum(1 / row[name] for row in rows) for name in ("cr_hard", "target_cr"))
+    if config.count == "live" and not 0.8 < found / wanted < 1.25:
         _log.warning(
-            "cr=%g was asked for, but at the end of training the decisions give %.2f (mean of %d logged batches): train "
-            "for more steps, train more weights (trained=lora or all), or raise retention_weight, which costs accuracy",
-            wanted,
-            found,
+            "%s: the last %d logged batches had a compression ratio of %.2f where %.2f was aimed at; train for more steps, "
+            "train more weights (trained=lora or all), or raise retention_weight, which costs accuracy",
+            folder,
             len(rows),
+            found,
+            wanted,
         )

@@ -29,7 +29,7 @@ def train_all(configs: dict[str, TrainConfig], workers: int) -> dict[str, Outcom
     `ValueError` if a run failed; the others are ended first.
     """
     context = multiprocessing.get_context("spawn")
-    waiting = [name for name, config in configs.items() if not (Path(run_folder(config)) / DONE).is_file()]
+    waiting = [name for name, config in configs.items() if not (config.resume and _is_done(config))]
     running: dict[str, BaseProcess] = {}
     failed: list[str] = []
     with _bars(configs) as show, _signals_for(running) as received:
@@ -66,10 +66,13 @@ def _train(config: TrainConfig) -> None:
         sys.exit(f"error: {error}")
 
 
+def _is_done(config: TrainConfig) -> bool:
+    return (Path(run_folder(config)) / DONE).is_file()
+
+
 def _outcome(config: TrainConfig, stopped_by: str | None) -> Outcome:
-    folder = Path(run_folder(config))
-    finished = (folder / DONE).is_file()
-    return Outcome(folder, finished, None if finished else stopped_by)
+    finished = _is_done(config)
+    return Outcome(Path(run_folder(config)), finished, None if finished else stopped_by)
 
 
 def _stop(running: dict[str, BaseProcess]) -> None:

@@ -1,4 +1,9 @@
-"""Exact match of the embedded model with full attention and with a window of 64 tokens and 4 sinks, per length."""
+"""Exact match of the embedded model with full attention and with a window of 64 tokens and 4 sinks, per length.
+
+python experiments/tiny_model/measure.py [folder of another model]
+"""
+
+import sys
 
 import torch
 
@@ -10,11 +15,12 @@ from dms_lab.policies import FullPolicy, StreamingLLMPolicy
 from dms_lab.tiny import tasks
 
 torch.set_num_threads(1)
-config = ModelConfig("tiny", "embedded", 512, 16, 0.0, 0.0, 1, "float32", False)
+path = sys.argv[1] if len(sys.argv) > 1 else "embedded"
+config = ModelConfig("tiny", path, 512, 16, 0.0, 0.0, 1, "float32", False)
 handle, tokenizer = retrofit(load_base(config), None), load_tokenizer(config)
-for length, count in ((256, 100), (512, 100), (1024, 32)):
+for length, count in ((256, 200), (512, 200), (1024, 200), (1536, 50)):
     problems = {family: hard.make_problems(family, count, length, 1) for family in tasks.FAMILIES}
     for name, policy in (("full", FullPolicy), ("window 64 + 4 sinks", lambda: StreamingLLMPolicy(68))):
         label = hard.Label("measure", "tiny", name, 1.0, None, 1, "")
         results, _ = hard.evaluate_tasks(handle, policy, tokenizer, problems, label)
-        print(length, name, *(f"{r.task} {100 * r.accuracy:.1f}" for r in results))
+        print(length, name, *(f"{r.task} {100 * r.accuracy:.1f}" for r in results), flush=True)
