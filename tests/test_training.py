@@ -58,6 +58,12 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_
         assert_same(weights(second, cr.name[2:]), weights(whole, cr.name[2:]))
 
 
+def test_training_leaves_the_signal_handlers_as_they_were(make_config):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(make_config(), progress=False)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
 def test_a_finished_run_is_not_trained_again(make_config):
     outcome = train(make_config(), progress=False)
     before = (outcome.folder / "metrics.jsonl").read_text()

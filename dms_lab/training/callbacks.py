@@ -5,7 +5,8 @@ import logging
 import resource
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ class FamilyCheckpoints(L.Callback):
         )
 
 
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """Inside, Lightning and `GracefulStop` may set handlers of SIGINT and SIGTERM; those of before stand again after it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class GracefulStop(L.Callback):
     """On SIGINT or SIGTERM: finishes the step, writes `last.ckpt`, ends the run. A second signal ends it at once.
 
@@ -112,11 +124,10 @@ class GracefulStop(L.Callback):
         self.path, self.every, self.every_seconds = folder / LAST, every, every_seconds
         self._saved = time.monotonic()
         self.stopped_by: str | None = None
-        self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # after Lightning's own handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+            signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         self.stopped_by = signal.Signals(number).name
@@ -138,11 +149,6 @@ class GracefulStop(L.Callback):
         temporary = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         temporary.replace(self.path)
-
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
 
 
 class ProgressBar(L.Callback):

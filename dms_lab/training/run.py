@@ -16,7 +16,14 @@ from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.tracking import Tracker
-from dms_lab.training.callbacks import LAST, FamilyCheckpoints, GracefulStop, JsonlMetrics, ProgressBar
+from dms_lab.training.callbacks import (
+    LAST,
+    FamilyCheckpoints,
+    GracefulStop,
+    JsonlMetrics,
+    ProgressBar,
+    handlers_restored,
+)
 from dms_lab.training.data import RetrofitData, held_out_documents
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
 
@@ -160,7 +167,8 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
         use_distributed_sampler=False,
     )
     last = folder / LAST
-    trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    with handlers_restored():
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if tracker is not None:
         tracker.finish()
     if stop.stopped_by and trainer.global_step < config.steps:
