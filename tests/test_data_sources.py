@@ -11,7 +11,7 @@ from dms_lab.config import DataConfig
 from dms_lab.preview import COMPLETION, PROMPT, render
 from dms_lab.tiny.tokenizer import train_tokenizer
 from dms_lab.training import documents
-from dms_lab.training.data import RetrofitData, held_out_documents
+from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
 from dms_lab.training.packing import collate
 
 # As R1's: thoughts of assistant turns are dropped, the generation prompt opens one.
@@ -277,9 +277,10 @@ def test_no_more_is_read_than_the_run_needs(make_config, tmp_path, tokenizer, mo
 def test_documents_too_short_for_the_window_are_refused_with_the_ratio_they_allow(make_config, tmp_path, tokenizer):
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"x = {i}"} for i in range(40)])
     config = dataclasses.replace(make_config(steps=20), data=DataConfig("jsonl", str(path)))
+    rows = RetrofitData(config, tokenizer).packed.rows  # what a preview shows all the same
     with pytest.raises(ValueError, match=r"cr=4 cannot be reached on this data: .* window=4 alone keeps"):
-        RetrofitData(config, tokenizer)
-    RetrofitData(dataclasses.replace(config, count="decisions"), tokenizer)
+        check_reachable(rows, config)
+    check_reachable(rows, dataclasses.replace(config, count="decisions"))
 
 
 def test_equal_lines_are_never_on_both_sides_and_a_lone_line_serves_both_aloud(make_config, tmp_path, tokenizer, caplog):

@@ -44,7 +44,6 @@ class RetrofitData(L.LightningDataModule):
         rows = pack(compact(found), config.context, config.steps * config.accumulate * config.batch_size)
         if not rows:
             raise ValueError(f"data={config.data.kind} data.path={config.data.path} holds no document to train on")
-        check_reachable(rows, config)
         self.packed = PackedRows(rows, config.context, config.batch_size, self._pad, config.seed)
 
     def batch(self, step: int, micro_batch: int = 0, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:

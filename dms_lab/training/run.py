@@ -24,7 +24,7 @@ from dms_lab.training.callbacks import (
     ProgressBar,
     handlers_restored,
 )
-from dms_lab.training.data import RetrofitData, held_out_documents
+from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
 
 _log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     if config.eval_after:
         held_out_documents(config, tokenizer, 1)  # an error in it is told now, not after hours
     data = RetrofitData(config, tokenizer)  # before the weights: what is wrong with the data costs no minutes
+    if data.packed is not None:
+        check_reachable(data.packed.rows, config)
     module, base = build_module(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
