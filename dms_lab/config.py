@@ -110,6 +110,7 @@ class TrainConfig:
     adapter_lr: float
     warmup_steps: int
     decay: float
+    average: float
     weight_decay: float
     betas: tuple[float, float]
     clip: float
@@ -277,6 +278,8 @@ def _check_ranges(config: TrainConfig) -> None:
     for name in ("tau", "scale", "lr", "adapter_lr", "clip", "lora_alpha"):
         if _at(config, name) <= 0:
             raise ValueError(f"{name}={_at(config, name)} must be above 0")
+    if not 0 <= config.average < 1:
+        raise ValueError(f"average={config.average:g} is the share of the old average kept in a step; use 0 to below 1")
     if not 0 <= config.decay <= 1:
         raise ValueError(f"decay={config.decay:g} is the share of steps over which the rates fall to 0; use 0 to 1")
     if not all(0 <= beta < 1 for beta in config.betas):

@@ -78,6 +78,7 @@ def make_config(base_folder, tmp_path):
             "adapter_lr": 1e-2,
             "warmup_steps": 0,
             "decay": 0.0,
+            "average": 0.0,
             "weight_decay": 0.0,
             "betas": (0.9, 0.95),
             "clip": 1.0,

@@ -154,6 +154,7 @@ def test_the_published_command_composes():
         (["lr=-1"], "lr=-1.0 must be above 0"),
         (["betas=[0.9]"], "must be a list of 2"),
         (["betas=[0.9,1.0]"], r"must lie in \[0, 1\)"),
+        (["average=1"], "average=1 is the share"),
         (["decay=2"], "decay=2 is the share of steps"),
         (["seed=-1"], "seed=-1 must not be negative"),
         (["threads=0"], "threads=0 must be at least 1"),

@@ -30,7 +30,8 @@ NEURON = {"predictor": "neuron", "trained": "all", "neuron_zeroing_steps": 3, "c
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"trained": "all"}, {"trained": "lora"}, {"accumulate": 2}, {"data": "text"}, NEURON | {"steps": 5}]
+    "changes",
+    [{"average": 0.5}, {"trained": "all"}, {"trained": "lora"}, {"accumulate": 2}, {"data": "text"}, NEURON | {"steps": 5}],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_path, monkeypatch, changes, number):
@@ -131,6 +132,29 @@ def test_training_raises_the_evicted_share_towards_the_target(make_config):
     outcome = train(make_config(steps=40, cr=3.0, cr_family=(3.0,), ramp=0.5, log_every=40), progress=False)
     row = json.loads((outcome.folder / "metrics.jsonl").read_text())
     assert row["evicted_soft"] > 0.5 * row["evict_target"]
+
+
+def test_a_checkpoint_holds_the_average_and_training_goes_on_with_the_newest(make_config, tmp_path, monkeypatch):
+    newest = []
+
+    class Noted(run.GracefulStop):
+        def on_train_batch_end(self, trainer, module, *rest):
+            newest.append({name: p.detach().clone() for name, p in module.model.named_parameters() if p.requires_grad})
+            super().on_train_batch_end(trainer, module, *rest)
+
+    monkeypatch.setattr(run, "GracefulStop", Noted)
+    plain = train(make_config(out=str(tmp_path / "plain")), progress=False)
+    steps, newest[:] = list(newest), []
+    averaged = train(make_config(out=str(tmp_path / "averaged"), average=0.75), progress=False)
+    for one, two in zip(steps, newest, strict=True):
+        assert_same(one, two)
+    assert_same(weights(plain), steps[-1])
+    for name, found in weights(averaged).items():
+        wanted = steps[0][name]
+        for step in steps[1:]:
+            wanted = 0.75 * wanted + 0.25 * step[name]
+        torch.testing.assert_close(found, wanted)
+    assert not torch.equal(found, steps[-1][name])
 
 
 def test_the_rates_rise_stay_and_fall_to_nothing():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dms_lab.checkpoint import save_checkpoint
@@ -69,18 +70,72 @@ def ends_a_step(trainer: L.Trainer, batch_idx: int) -> bool:
 
 def peak_memory_bytes() -> int:
     """Peak of the GPU's allocator where there is one, else of the process's resident memory."""
-    import torch
-
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class FamilyCheckpoints(L.Callback):
-    """Keeps a checkpoint each time the schedule passes a member of the CR family, the last at the end of the run."""
+class WeightAverage(L.Callback):
+    """Keeps the exponential moving average of the trained weights: `decay` of what it was, the rest of the newest.
 
-    def __init__(self, folder: Path, config: TrainConfig, base_fingerprint: str, provenance: dict[str, Any]) -> None:
-        self.folder, self.config = folder, config
+    Decisions near the threshold flip from step to step; their average is what a checkpoint should hold. A `decay` of 0 is
+    the newest weights. The average is part of `last.ckpt`, so a resumed run goes on with it.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self._average: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
+        if not self.decay or not ends_a_step(trainer, index):
+            return
+        for name, parameter in _trained(module):
+            if name in self._average:
+                self._average[name] = self._average[name].to(parameter.device).lerp_(parameter, 1 - self.decay)
+            else:
+                self._average[name] = parameter.detach().clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._average = state["average"]
+
+    @contextmanager
+    def applied(self, module: RetrofitModule) -> Iterator[None]:
+        """Inside, the trained weights are their average."""
+        newest = {name: p.detach().clone() for name, p in _trained(module) if name in self._average}
+        with torch.no_grad():
+            for name, parameter in _trained(module):
+                parameter.copy_(self._average.get(name, parameter))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in _trained(module):
+                    parameter.copy_(newest.get(name, parameter))
+
+
+def _trained(module: RetrofitModule) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in module.model.named_parameters() if name in module.trained_names]
+
+
+class FamilyCheckpoints(L.Callback):
+    """Keeps a checkpoint each time the schedule passes a member of the CR family, the last at the end of the run.
+
+    It holds the weights' `average`, which must stand before this in the list of callbacks.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        base_fingerprint: str,
+        provenance: dict[str, Any],
+        average: WeightAverage,
+    ) -> None:
+        self.folder, self.config, self.average = folder, config, average
         self.base_fingerprint, self.provenance = base_fingerprint, provenance
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
@@ -93,14 +148,15 @@ class FamilyCheckpoints(L.Callback):
                 self._save(module, cr, step)
 
     def _save(self, module: RetrofitModule, cr: float, step: int) -> None:
-        save_checkpoint(
-            self.folder / f"cr{cr:g}",
-            module.handle,
-            self.config.trained,
-            self.config.model.path,
-            self.base_fingerprint,
-            self.provenance | {"cr": cr, "step": step},
-        )
+        with self.average.applied(module):
+            save_checkpoint(
+                self.folder / f"cr{cr:g}",
+                module.handle,
+                self.config.trained,
+                self.config.model.path,
+                self.base_fingerprint,
+                self.provenance | {"cr": cr, "step": step},
+            )
 
 
 @contextmanager

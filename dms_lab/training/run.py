@@ -22,6 +22,7 @@ from dms_lab.training.callbacks import (
     GracefulStop,
     JsonlMetrics,
     ProgressBar,
+    WeightAverage,
     handlers_restored,
 )
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
@@ -149,9 +150,11 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     }
     stop = GracefulStop(folder)
     tracker = Tracker(config, folder) if config.tracking == "wandb" else None
+    average = WeightAverage(config.average)
     callbacks = [
         JsonlMetrics(folder, config.log_every, tracker),
-        FamilyCheckpoints(folder / "checkpoints", config, base, provenance),
+        average,
+        FamilyCheckpoints(folder / "checkpoints", config, base, provenance, average),
         stop,
         *([ProgressBar()] if progress else []),
     ]

@@ -1,15 +1,18 @@
 """The demo's results over seeds as Markdown: python experiments/tiny_demo/table.py [results.jsonl ...]
 
-Without arguments: every results_seed*.jsonl beside this file. Where seeds differ, the range stands behind the mean.
+Without arguments: every results_seed*.jsonl beside this file, and `pareto.png` is drawn from them. Where seeds differ, the
+range stands behind the mean.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 
 from dms_lab import results
-from dms_lab.plots import STYLE
+from dms_lab.plots import STYLE, pareto_figures
 from dms_lab.tiny.tasks import FAMILIES
 
 files = [Path(name) for name in sys.argv[1:]] or sorted(Path(__file__).parent.glob("results_seed*.jsonl"))
@@ -36,3 +39,8 @@ for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lam
     cost = [f"{by_seed[name].mean().mean():.0f}" for name in ("kv_reads", "peak_tokens")]
     perplexity = spread(text["perplexity"], 2)
     print(f"| {cr:g} | {STYLE[method][3]} | {measured} | " + " | ".join([*cells, mean, perplexity, *cost]) + " |")
+
+if len(sys.argv) == 1:
+    with tempfile.TemporaryDirectory() as folder:
+        png, _ = pareto_figures(frame, Path(folder))
+        shutil.copy(png, Path(__file__).parent / "pareto.png")
