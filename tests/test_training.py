@@ -1,5 +1,6 @@
 """Training goes on where it stopped, bit for bit, and leaves what it promised."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -77,6 +78,10 @@ def test_a_folder_with_a_run_of_another_configuration_is_refused(make_config):
     with pytest.raises(ValueError, match="holds a run of another configuration"):
         train(make_config(seed=1), progress=False)
     before = weights(outcome)
+    nowhere = dataclasses.replace(make_config().model, path=str(outcome.folder / "nowhere"))
+    with pytest.raises(ValueError, match="no weights for"):
+        train(make_config(model=nowhere, resume=False), progress=False)
+    assert_same(before, weights(outcome))
     train(make_config(seed=1, resume=False), progress=False)
     assert not all(torch.equal(before[name], tensor) for name, tensor in weights(outcome).items())
     assert len((outcome.folder / "metrics.jsonl").read_text().splitlines()) == 3
@@ -167,8 +172,6 @@ def test_the_rates_rise_stay_and_fall_to_nothing():
 
 
 def test_activations_are_recomputed_where_the_model_says_so(make_config, monkeypatch):
-    import dataclasses
-
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     config = make_config()

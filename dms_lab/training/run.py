@@ -125,9 +125,7 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     done = folder / DONE
     if config.resume:
         _check_folder(folder, config)
-    else:
-        _clear(folder)
-    if done.is_file():
+    if config.resume and done.is_file():
         _log.info("%s is finished already", folder)
         return Outcome(folder, True)
     L.seed_everything(config.seed, verbose=False)
@@ -140,6 +138,8 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
     if data.packed is not None:
         check_reachable(data.packed.rows, config)
     module, base = build_module(config)
+    if not config.resume:
+        _clear(folder)  # now that nothing else can be wrong: an earlier run is not lost to a typing error
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
     provenance = {
