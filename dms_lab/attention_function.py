@@ -21,8 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms_lab import eviction
 from dms_lab.attention.soft import soft_attention
-from dms_lab.cache.masked import MaskedCache
-from dms_lab.cache.policy import LayerState, Scores
+from dms_lab.cache.policy import LayerState, PolicyCache, Scores
 from dms_lab.policies.dms import DmsConfig, DmsPolicy, NeuronPredictor
 from dms_lab.policies.streaming_llm import sink_decisions
 
@@ -65,7 +64,7 @@ class ForwardPlan:
     config: DmsConfig | None = None
     document: Tensor | None = None
     relaxation: Relaxation | None = None
-    cache: MaskedCache | None = None
+    cache: PolicyCache | None = None
     backend: str = "auto"
 
     @property

@@ -8,9 +8,9 @@ It saves nothing: what a policy would have freed is counted, not freed. Works on
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from dms_lab.cache.policy import LayerState, Policy, Scores
+from dms_lab.cache.policy import LayerState, Policy, PolicyCache, Scores
 
 
 class MaskedLayer(DynamicLayer):
@@ -29,7 +29,7 @@ class MaskedLayer(DynamicLayer):
         raise ValueError("a masked cache cannot be cropped: what its policy evicted meanwhile is not undone")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        raise ValueError("a masked cache does not serve beam search; use greedy decoding or sampling")
+        self.batch_select_indices(beam_idx.to(self.keys.device))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
@@ -44,8 +44,8 @@ class MaskedLayer(DynamicLayer):
         self.batch_select_indices(torch.arange(batch, device=self.keys.device).repeat_interleave(repeats))
 
 
-class MaskedCache(Cache):
-    """A Hugging Face cache with one `policy` for all layers."""
+class MaskedCache(PolicyCache):
+    """A Hugging Face cache with one `policy` (of `dms_lab.policies`) for all layers."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__(layer_class_to_replicate=MaskedLayer)
@@ -61,13 +61,9 @@ class MaskedCache(Cache):
         evict_logit: Tensor | None,
         document: Tensor | None,
     ) -> Tensor:
-        """Attention of the newest Q queries over all S keys as the policy allows it, [B, H, Q, D].
-
-        `evict_logit` [B, K, Q] is of the new tokens; `document` [B, S] covers all of them (-1: padding).
-        """
         layer = self.layers[layer_idx]
         state = layer.state
-        state.document = document
+        state.document, state.layer = document, layer_idx
         if evict_logit is not None:
             old = state.evict_logit
             state.evict_logit = evict_logit if old is None else torch.cat([old, evict_logit], dim=2)
@@ -76,5 +72,4 @@ class MaskedCache(Cache):
         return output
 
     def live_slots(self) -> Tensor:
-        """Slots that hold something the newest query could see, [B, L, K]."""
         return torch.stack([layer.live for layer in self.layers], dim=1)

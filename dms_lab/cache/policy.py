@@ -1,15 +1,18 @@
 """The seam between a cache layer and a policy.
 
-    new keys, values -> cache -> LayerState -> Policy.attend -> output [B, H, Q, D], live slots [B, K, Q]
+    new keys, values -> cache -> rule: which tokens stay -> attention over what is left -> output [B, H, Q, D]
 
-Shapes: B batch, Q new queries, S keys seen so far (Q of them new), H query heads, K KV heads, D head width.
+A policy is one of two rules, and every cache serves both: a decision per token and a window (`WindowedRule`), or a ranking
+of the live tokens and a budget (`RankedRule`).
+Shapes: B batch, Q new queries, S keys or slots, H query heads, K KV heads, D head width.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,101 @@ class Scores:
 
 @dataclass
 class LayerState:
-    """What a policy knows of one layer: which of the S tokens are real, and whatever it notes down itself."""
+    """What the masked cache knows of one layer: which of the S columns are tokens, and what its policy noted down."""
 
-    document: Tensor | None = None  # [B, S]; -1 is padding; None: every token is real
+    document: Tensor | None = None  # [B, S]; -1 is padding; None: every column is a token
     evict_logit: Tensor | None = None  # [B, K, S], as computed at each token (not yet governed)
     notes: dict[str, Tensor] = field(default_factory=dict)
+    layer: int = 0
 
     def real(self, key: Tensor) -> Tensor:
-        """True where a key is a token and not padding, [B, S]."""
+        """True where a column is a token and not padding, [B, S]."""
         if self.document is None:
             return torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         return self.document >= 0
 
+    def positions(self, key: Tensor) -> Tensor:
+        """How many tokens stand before each column, [B, S]: distances count tokens, wherever padding stands."""
+        if self.document is None:
+            return torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1)
+        return (self.document >= 0).cumsum(-1) - (self.document >= 0).long()
 
-class Policy(Protocol):
-    """Decides what the queries of one layer see."""
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a ranked rule may look at after a query, over S columns or slots in any order.
+
+    `weights` [B, H, S] of the newest query; `total` [B, K, S] summed over all queries so far and the heads of a group;
+    `position` [B, K, S] in tokens; `now` [B] is the newest token's.
+    """
+
+    weights: Tensor
+    total: Tensor
+    position: Tensor
+    now: Tensor
+    layer: int
+
+
+class WindowedRule(ABC):
+    """One decision per token; the visibility rule does the rest.
+
+    `window` in tokens, None: nothing is ever evicted. `decided_by` as in `eviction.govern`.
+    """
 
     name: str
+    window: int | None
+    decided_by: str = "self"
 
-    def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Attention of the newest Q queries [B, H, Q, D] over S keys [B, K, S, D]; live slots per query [B, K, Q]."""
-        ...
+    @abstractmethod
+    def flags(self, evict_logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
+        """What each token computed, True for eviction, before it moves to the token that it governs: [B, K, Q].
+
+        `evict_logit` [B, K, Q] of a predictor, `position` [B, Q] in tokens. None: nothing is evicted.
+        """
+
+
+class RankedRule(ABC):
+    """While `budget` tokens or more are live in a head after a query, the lowest in rank goes: room for the next token."""
+
+    name: str
+    budget: int
+
+    @abstractmethod
+    def rank(self, seen: Ranking) -> Tensor:
+        """The rank of each column or slot, [B, K, S]; inf for what must not go. Dead ones may get anything."""
+
+
+Policy = WindowedRule | RankedRule
+
+
+def lowest(rank: Tensor, live: Tensor, position: Tensor) -> Tensor:
+    """Index of the lowest rank among the live, [B, K, 1]; of equals the oldest, whatever the order of the slots."""
+    rank = rank.masked_fill(~live, float("inf"))
+    tied = live & (rank == rank.amin(-1, keepdim=True))
+    return position.masked_fill(~tied, torch.iinfo(position.dtype).max).argmin(-1, keepdim=True)
+
+
+class PolicyCache(Cache, ABC):
+    """A Hugging Face cache with one policy for all layers, to which attention is left as well."""
+
+    policy: Policy
+
+    @abstractmethod
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Scores,
+        evict_logit: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        """Attention [B, H, Q, D] of the newest Q queries; `key`, `value` are what `update` gave back.
+
+        `evict_logit` [B, K, Q] is of the new tokens; `document` [B, S] marks padding with -1, None: there is none.
+        """
+
+    @abstractmethod
+    def live_slots(self) -> Tensor:
+        """Slots that hold something the newest query could see, [B, L, K]."""

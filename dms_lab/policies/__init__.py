@@ -1,7 +1,8 @@
 """What stays in the cache: one policy a file, all in the same cache, with the same attention and the same accounting.
 
-A policy answers one question for a layer: which keys may each new query attend to (`attend`). `dms` learned it,
-`streaming_llm`, `tova`, `h2o` and `random` decide by rule, `full` keeps everything.
+A policy is a rule that every cache serves: a decision per token and a window (`flags`), or a ranking of the live tokens and
+a budget (`rank`). `dms` learned its decisions, `streaming_llm`, `tova`, `h2o` and `random` have a fixed rule, `full` keeps
+everything.
 """
 
 from dms_lab.cache.policy import Policy

@@ -1,9 +1,7 @@
-"""The two kinds of policy: one decision per token and a window, or a ranking of the live tokens.
+"""The attention of the masked cache under the two kinds of rule: the oracle that frees nothing.
 
 Shapes: B batch, Q new queries, S keys seen so far (Q of them new), H query heads, K KV heads, D head width.
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +10,32 @@ from torch import Tensor
 from dms_lab import eviction
 from dms_lab.attention import reference
 from dms_lab.attention.soft import soft_attention
-from dms_lab.cache.policy import LayerState, Scores
+from dms_lab.cache.policy import LayerState, RankedRule, Ranking, Scores, WindowedRule, lowest
 
 
-class WindowedPolicy(ABC):
-    """A policy that is one decision per token: the visibility rule does the rest."""
+class WindowedPolicy(WindowedRule):
+    """A decision per token and the visibility rule."""
 
-    name: str
-    window: int | None  # None: nothing is ever evicted
-
-    @abstractmethod
     def evict(self, state: LayerState, key: Tensor) -> Tensor | None:
         """True where a token is to go once it is `window` old, [B, K, S]; None: none."""
+        flags = self.flags(state.evict_logit, state.positions(key), key.shape[1])
+        if flags is None:
+            return None
+        window = self.window if self.window is not None else key.shape[2]
+        if state.document is None:
+            return eviction.govern(flags.float(), self.decided_by, window, fill=0.0) > 0
+        order = (state.document < 0).to(torch.int8).argsort(dim=-1, stable=True)  # tokens first: neighbours meet
+        spread = order[:, None].expand(flags.shape)
+        document = state.document.gather(1, order)
+        governed = eviction.govern(flags.float().gather(2, spread), self.decided_by, window, document, fill=0.0)
+        return torch.zeros_like(governed).scatter(2, spread, governed) > 0
 
     def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Attention of the newest Q queries [B, H, Q, D] over S keys [B, K, S, D]; live slots per query [B, K, Q]."""
         evict = self.evict(state, key)
         window = self.window if self.window is not None else key.shape[2]
-        if query.shape[2] == key.shape[2]:
+        parted = state.document is not None and _has_padding_inside(state.document)
+        if query.shape[2] == key.shape[2] and not parted:
             log_keep = None
             if evict is not None:
                 log_keep = torch.zeros(evict.shape, dtype=torch.float32, device=key.device)
@@ -50,7 +57,17 @@ class WindowedPolicy(ABC):
         else:
             visible = visible_keys(evict, window, state, query, key, scores.sliding_window)
             output, _ = attend_wide(query, key, value, visible, scores)
+            if parted:
+                live = visible.sum(-1) * state.real(key)[:, None, key.shape[2] - query.shape[2] :]
+                return output, live.expand(-1, key.shape[1], -1)
         return output, live_keys(evict, window, state, query.shape[2], key, scores.sliding_window)
+
+
+def _has_padding_inside(document: Tensor) -> bool:
+    """Whether padding stands between tokens of a row, as where a later turn of a conversation was padded."""
+    real = document >= 0
+    runs = (real[:, 1:] & ~real[:, :-1]).sum(-1) + real[:, 0].long()
+    return bool((runs > 1).any())
 
 
 def visible_keys(
@@ -58,7 +75,7 @@ def visible_keys(
 ) -> Tensor:
     """The visibility rule for the newest queries over all keys, [B, K, Q, S]."""
     batch, num_kv_heads, num_keys = key.shape[:3]
-    positions = torch.arange(num_keys, device=key.device).expand(batch, -1)
+    positions = state.positions(key)
     queries = positions[:, num_keys - query.shape[2] :]
     if evict is None:
         evict = torch.zeros(batch, num_kv_heads, num_keys, dtype=torch.bool, device=key.device)
@@ -77,7 +94,8 @@ def live_keys(
 ) -> Tensor:
     """How many keys `visible_keys` shows each of the newest queries, [B, K, Q], in linear time; 0 for one that is padding.
 
-    By differences of running sums: what is kept, and what is decided for eviction and still in the window.
+    By differences of running sums: what is kept, and what is decided for eviction and still in the window. For rows
+    without padding between tokens.
     """
     num_kv_heads, num_keys = key.shape[1:3]
     real = state.real(key)[:, None].expand(-1, num_kv_heads, -1)
@@ -102,46 +120,46 @@ def attend_wide(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scor
     return output.to(query.dtype), weights
 
 
-class RankedPolicy(ABC):
-    """A policy that ranks the live keys after each query and drops the lowest while more than `budget` are live.
+class RankedPolicy(RankedRule):
+    """A ranking of the live keys after each query, of which the lowest goes while `budget` are live.
 
     The rule is sequential, so a prompt is walked through query by query inside each layer: dense until the budget is
     reached, never above it afterwards. `budget` is in tokens per KV head, at least 2.
     """
-
-    name: str
 
     def __init__(self, budget: int) -> None:
         if budget < 2:
             raise ValueError(f"{self.name} needs a budget of at least 2 live tokens per head, got budget={budget}")
         self.budget = budget
 
-    @abstractmethod
-    def rank(self, state: LayerState, weights: Tensor, live: Tensor) -> Tensor:
-        """Score of each key after a query with attention `weights` [B, H, S]: the lowest live one goes, [B, K, S]."""
-
     def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Attention of the newest Q queries [B, H, Q, D] over S keys [B, K, S, D]; live slots per query [B, K, Q]."""
         batch, num_kv_heads, num_keys = key.shape[:3]
         num_queries = query.shape[2]
-        real = state.real(key)
-        live = _grown(state.notes.get("live"), (batch, num_kv_heads, num_keys), torch.bool, key.device)
+        real, position = state.real(key), state.positions(key)
+        shape = (batch, num_kv_heads, num_keys)
+        live = _grown(state.notes.get("live"), shape, torch.bool, key.device)
+        total = _grown(state.notes.get("total"), shape, torch.float32, key.device)
         outputs, counts = [], []
         for row in range(num_queries):
             now = num_keys - num_queries + row
+            is_token = real[:, None, now, None]
             live[:, :, now] = real[:, None, now]
             seen = live[:, :, : now + 1]
             if scores.sliding_window is not None:
-                seen = seen.clone()
-                seen[:, :, : max(0, now + 1 - scores.sliding_window)] = False
+                seen = seen & (position[:, now, None] - position[:, : now + 1] < scores.sliding_window)[:, None]
             seen_keys = (key[:, :, : now + 1], value[:, :, : now + 1], seen[:, :, None])
             output, weights = attend_wide(query[:, :, row : row + 1], *seen_keys, scores)
             outputs.append(output)
-            counts.append(seen.sum(-1))
-            ranks = self.rank(state, weights[:, :, 0].float(), live[:, :, : now + 1])
-            lowest = ranks.masked_fill(~live[:, :, : now + 1], float("inf")).argmin(-1, keepdim=True)
+            counts.append(seen.sum(-1) * real[:, None, now])
+            weights = weights[:, :, 0].float()
+            total[:, :, : now + 1] += weights.view(batch, num_kv_heads, -1, now + 1).sum(2) * is_token
+            places = position[:, None, : now + 1].expand(-1, num_kv_heads, -1)
+            ranks = self.rank(Ranking(weights, total[:, :, : now + 1], places, position[:, now], state.layer))
+            last = lowest(ranks.expand(places.shape), live[:, :, : now + 1], places)
             is_full = live[:, :, : now + 1].sum(-1, keepdim=True) >= self.budget
-            live.scatter_(2, lowest, live.gather(2, lowest) & ~is_full)  # room for the next token
-        state.notes["live"] = live
+            live.scatter_(2, last, live.gather(2, last) & ~(is_full & is_token))  # room for the next token
+        state.notes |= {"live": live, "total": total}
         return torch.cat(outputs, 2), torch.stack(counts, 2)
 
 
@@ -151,10 +169,3 @@ def _grown(old: Tensor | None, shape: tuple[int, int, int], dtype: torch.dtype, 
     if old is not None:
         new[:, :, : old.shape[2]] = old
     return new
-
-
-def grown_note(state: LayerState, name: str, live: Tensor) -> Tensor:
-    """The float note `name` of a ranked policy, grown to the shape of `live` [B, K, S]."""
-    note = _grown(state.notes.get(name), tuple(live.shape), torch.float32, live.device)
-    state.notes[name] = note
-    return note

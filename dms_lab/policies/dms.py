@@ -8,14 +8,12 @@
 Source: Lancucki et al. 2025, "Inference-Time Hyper-Scaling with KV Cache Compression", section 3.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dms_lab import eviction
-from dms_lab.cache.policy import LayerState
 from dms_lab.policies.base import WindowedPolicy
 
 PREDICTORS = ("adapter", "neuron", "sinks")
@@ -109,10 +107,12 @@ class DmsPolicy(WindowedPolicy):
     name = "dms"
 
     def __init__(self, config: DmsConfig) -> None:
-        self.config, self.window = config, config.window
+        self.config, self.window, self.decided_by = config, config.window, config.decided_by
 
-    def evict(self, state: LayerState, key: Tensor) -> Tensor:
-        if state.evict_logit is None:
-            raise RuntimeError("the DMS policy got no eviction logits: attach a predictor with dms_lab.retrofit first")
-        logits = eviction.govern(state.evict_logit, self.config.decided_by, self.window, state.document, fill=-math.inf)
-        return (logits > 0).expand(-1, key.shape[1], -1)
+    def flags(self, evict_logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor:
+        if evict_logit is None:
+            raise ValueError(
+                "the DMS policy got no eviction logits: this model has no predictor; load a checkpoint with "
+                "dms_lab.load_checkpoint, or attach one with dms_lab.retrofit"
+            )
+        return (evict_logit > 0).expand(-1, num_kv_heads, -1)

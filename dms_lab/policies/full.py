@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from dms_lab.cache.policy import LayerState
 from dms_lab.policies.base import WindowedPolicy
 
 
@@ -12,5 +11,5 @@ class FullPolicy(WindowedPolicy):
     name = "full"
     window = None
 
-    def evict(self, state: LayerState, key: Tensor) -> Tensor | None:
+    def flags(self, evict_logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
         return None

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from dms_lab.cache.policy import LayerState
-from dms_lab.policies.base import RankedPolicy, grown_note
+from dms_lab.cache.policy import Ranking
+from dms_lab.policies.base import RankedPolicy
 
 
 class H2OPolicy(RankedPolicy):
@@ -11,10 +11,6 @@ class H2OPolicy(RankedPolicy):
 
     name = "h2o"
 
-    def rank(self, state: LayerState, weights: Tensor, live: Tensor) -> Tensor:
-        batch, num_kv_heads, num_keys = live.shape
-        total = grown_note(state, "attention", live)
-        total += weights.view(batch, num_kv_heads, -1, num_keys).sum(2)
-        ranks = total.clone()
-        ranks[:, :, num_keys - self.budget // 2 :] = float("inf")
-        return ranks
+    def rank(self, seen: Ranking) -> Tensor:
+        age = seen.now[:, None, None] - seen.position
+        return seen.total.masked_fill(age < self.budget // 2, float("inf"))

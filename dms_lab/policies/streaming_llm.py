@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from dms_lab.cache.policy import LayerState
 from dms_lab.policies.base import WindowedPolicy
 
 
@@ -18,11 +17,8 @@ class StreamingLLMPolicy(WindowedPolicy):
         self.budget, self.num_sinks = budget, num_sinks
         self.window = budget - num_sinks
 
-    def evict(self, state: LayerState, key: Tensor) -> Tensor:
-        real = state.real(key)
-        rank = real.long().cumsum(-1)  # 1 for the first real token
-        evict = real & (rank > self.num_sinks)
-        return evict[:, None].expand(-1, key.shape[1], -1)
+    def flags(self, evict_logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor:
+        return (position >= self.num_sinks)[:, None].expand(-1, num_kv_heads, -1)
 
 
 def sink_decisions(document: Tensor, num_sinks: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dms_lab.cache.policy import LayerState
+from dms_lab.cache.policy import Ranking
 from dms_lab.policies.base import RankedPolicy
 
 
@@ -11,5 +11,5 @@ class TovaPolicy(RankedPolicy):
 
     name = "tova"
 
-    def rank(self, state: LayerState, weights: Tensor, live: Tensor) -> Tensor:
-        return weights.sum(1, keepdim=True).expand(-1, live.shape[1], -1)
+    def rank(self, seen: Ranking) -> Tensor:
+        return seen.weights.sum(1, keepdim=True).expand(seen.position.shape)
