@@ -8,7 +8,7 @@ LAYERS = [
     {"eviction", "distillation", "accounting", "pareto", "config"},
     {"attention", "cache"},
     {"policies"},
-    {"structure", "lora", "attention_function", "attachment", "checkpoint", "tiny", "generation", "models"},
+    {"structure", "lora", "attention_function", "attachment", "checkpoint", "tiny", "generation", "sampling", "models"},
     {"training", "evaluation", "results", "plots", "tracking", "terminal"},
     {"train", "evaluate", "demo", "pretrain", "preview"},
 ]
