@@ -2,7 +2,7 @@
 
     handle = dms_lab.retrofit(model, dms_lab.DmsConfig(window=256))     a policy on any Hugging Face causal LM
     handle = dms_lab.load_checkpoint(folder, model)                     the same, trained
-    model.generate(ids, past_key_values=dms_lab.MaskedCache(handle.policy()))
+    model.generate(ids)                                                 decodes on a compact cache, which frees memory
 
 The names load torch when first used, so that the commands' `--help` need not.
 """
@@ -11,6 +11,7 @@ _HOMES = {
     "retrofit": "attachment",
     "Retrofit": "attachment",
     "DmsConfig": "policies.dms",
+    "CompactCache": "cache.compact",
     "MaskedCache": "cache.masked",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",

@@ -6,9 +6,11 @@
 
 Both keywords travel through the model's own `**kwargs`, so nothing is global and two models never meet. The attention
 implementation is registered once per original one, under its own name ("dms_lab_sdpa"), with the mask function of the
-original: with eviction off the original function gets its original arguments, and the logits are equal to the bit.
+original: with eviction off the original function gets its original arguments, and the logits are equal to the bit. Where
+`model.generate` would make a dynamic cache, it makes a compact one with the learned policy.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dms_lab.attention_function import PREDICTOR, QUERY, ForwardPlan, Relaxation, register
-from dms_lab.cache.masked import MaskedCache
+from dms_lab.cache.compact import CompactCache
+from dms_lab.cache.policy import PolicyCache
 from dms_lab.lora import attach_lora, detach_lora, switch_lora
 from dms_lab.policies.dms import AdapterPredictor, DmsConfig, DmsPolicy, NeuronPredictor
+from dms_lab.policies.streaming_llm import StreamingLLMPolicy
 from dms_lab.structure import decoder_layers, find_attentions, num_kv_heads, query_projection, query_source
 
 
@@ -61,6 +65,7 @@ class Retrofit:
             self._hooks.append(layer.register_forward_pre_hook(_pass_residual, with_kwargs=True))
         self._hooks.append(self._base.register_forward_pre_hook(self._plan_forward, with_kwargs=True))
         self.model.set_attn_implementation(register(self._original))
+        self.model._prepare_cache_for_generation = self._prepare_cache
 
     def _build_predictor(self, attention: nn.Module) -> nn.Module | None:
         if self.config is None or self.config.predictor == "sinks":
@@ -89,6 +94,7 @@ class Retrofit:
             if hasattr(attention, PREDICTOR):
                 delattr(attention, PREDICTOR)
         detach_lora(self.attentions)
+        self.model.__dict__.pop("_prepare_cache_for_generation", None)
         self.model.set_attn_implementation(self._original)
 
     # -- using -------------------------------------------------------------------------------------------------------
@@ -107,11 +113,27 @@ class Retrofit:
         finally:
             self.enabled = before
 
-    def policy(self) -> DmsPolicy:
-        """The learned policy with hard decisions, for a cache."""
-        if self.config is None or self.config.predictor == "sinks":
-            raise ValueError("this model was retrofitted without a predictor, so it has no learned policy")
+    def policy(self) -> DmsPolicy | StreamingLLMPolicy:
+        """The policy that the model was trained with, with hard decisions, for a cache."""
+        if self.config is None:
+            raise ValueError("this model was retrofitted without a policy of its own; choose one of dms_lab.policies")
+        if self.config.predictor == "sinks":
+            return StreamingLLMPolicy(self.config.window + self.config.num_sinks, self.config.num_sinks)
         return DmsPolicy(self.config)
+
+    def _prepare_cache(self, generation_config, model_kwargs: dict, *args) -> None:
+        """What `generate` calls for a cache: a compact one, unless the user has one or eviction is switched off."""
+        wants_none = generation_config.use_cache is False or not self.enabled or self.config is None
+        if wants_none or model_kwargs.get("past_key_values") is not None:
+            type(self.model)._prepare_cache_for_generation(self.model, generation_config, model_kwargs, *args)
+            return
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is the original model's; a retrofitted "
+                "one makes a CompactCache. Leave it out, pass past_key_values=dms_lab.CompactCache(policy, storage=...), "
+                "  generate inside `with handle.disabled():`"
+            )
+        model_kwargs["past_key_values"] = CompactCache(self.policy())
 
     @torch.no_grad()
     def clear_neuron(self) -> None:
@@ -131,24 +153,63 @@ class Retrofit:
 
     def _plan_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs.get("dms") is None:
-            kwargs = kwargs | {"dms": self._plan(kwargs)}
-        switch_lora(self._lora, kwargs["dms"].mode != "off")
+            kwargs = self._with_asked_cache(kwargs)
+            kwargs = kwargs | {"dms": self._plan(args, kwargs)}
+        plan: ForwardPlan = kwargs["dms"]
+        switch_lora(self._lora, plan.mode != "off")
+        if plan.mode != "off":
+            # The plan knows what is padding. A mask of four dimensions is handed on as it is, so that the model builds
+            # none: one of queries times all columns would grow with the context.
+            kwargs = kwargs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=self.model.device)}
         return args, kwargs
 
-    def _plan(self, kwargs: dict) -> ForwardPlan:
+    def _with_asked_cache(self, kwargs: dict) -> dict:
+        """Puts a compact cache where a forward asks for one (`use_cache=True`) and brings none."""
+        if kwargs.get("use_cache") and kwargs.get("past_key_values") is None and self.enabled and self.config is not None:
+            return kwargs | {"past_key_values": CompactCache(self.policy())}
+        return kwargs
+
+    def _plan(self, args: tuple, kwargs: dict) -> ForwardPlan:
         """The plan of a forward that was given none: by the cache it got, and by whether eviction is switched on."""
         cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-        if isinstance(cache, MaskedCache):
-            mode = "hard"
-        elif self.enabled and self.config is not None and cache is not None and cache.get_seq_length() > 0:
+        if isinstance(cache, PolicyCache):
+            self._claim(cache)
+            tokens = kwargs.get("inputs_embeds")
+            tokens = tokens if tokens is not None else args[0] if args else kwargs["input_ids"]
+            newest = tokens.shape[1] if isinstance(cache, CompactCache) else None
+            if mask is not None and mask.ndim == 2 and mask.shape[1] != cache.get_seq_length() + tokens.shape[1]:
+                raise ValueError(
+                    f"the attention mask has {mask.shape[1]} columns, but the cache holds {cache.get_seq_length()} and "
+                    f"{tokens.shape[1]} are new: the mask must cover both"
+                )
+            return ForwardPlan("hard", self.config, _document_from_mask(mask, newest), cache=cache)
+        if not self.enabled or self.config is None:
+            return ForwardPlan("off", self.config)
+        if cache is not None:
             raise ValueError(
-                f"a retrofitted model was given a {type(cache).__name__} with tokens in it, which keeps no decisions; "
-                "pass past_key_values=MaskedCache(policy), or run the original model inside `with handle.disabled():`"
+                f"a retrofitted model was given a {type(cache).__name__}, which keeps no decisions; leave it out, pass "
+                "past_key_values=dms_lab.CompactCache(policy), or run the original model inside `with handle.disabled():`"
             )
-        else:
-            mode = "hard" if self.enabled and self.config is not None else "off"
-        document = _document_from_mask(mask) if mode == "hard" else None
-        return ForwardPlan(mode, self.config, document, cache=cache if isinstance(cache, MaskedCache) else None)
+        return ForwardPlan("hard", self.config, _document_from_mask(mask))
+
+    def _claim(self, cache: PolicyCache) -> None:
+        """Marks a cache as this attachment's; raises `ValueError` for one that serves another model or policy."""
+        owner = cache.__dict__.setdefault("_owner", weakref.ref(self))()
+        if owner is not self:
+            raise ValueError(
+                "this cache holds tokens of another model or of another attachment to it; make a new cache for each"
+            )
+        policy = cache.policy
+        if isinstance(policy, DmsPolicy) and self.config is not None and policy.config != self.config:
+            raise ValueError(
+                f"this cache's policy is {policy.config}, but the model was retrofitted with {self.config}; make the cache "
+                "with handle.policy()"
+            )
+
+    def hard(self, cache: PolicyCache, real: Tensor | None = None) -> ForwardPlan:
+        """The plan of a forward over new tokens through `cache`; `real` [B, Q] is False for padding, None: no padding."""
+        self._claim(cache)
+        return ForwardPlan("hard", self.config, None if real is None else real.long() - 1, cache=cache)
 
     def off(self, document: Tensor | None = None, backend: str = "auto") -> ForwardPlan:
         """The plan of the original model over packed documents [B, T]: the teacher."""
@@ -214,14 +275,15 @@ def _heads_first(x: Tensor, output: Tensor, heads: int) -> bool:
     return x.stride(1) < x.stride(2)  # as many tokens as heads: a transposed view of the projection's output
 
 
-def _document_from_mask(mask: Any) -> Tensor | None:
-    """0 for real tokens, -1 for padding; None if nothing is padded."""
+def _document_from_mask(mask: Any, newest: int | None = None) -> Tensor | None:
+    """0 for real tokens, -1 for padding; None if nothing is padded. Of the `newest` columns alone, if that is given."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise ValueError(
             "a retrofitted model needs a padding mask of shape [B, S] or none; prepared 4D masks hide what is padding"
         )
-    if bool(mask.all()):
+    mask = mask if newest is None else mask[:, -newest:]
+    if newest != 1 and bool(mask.all()):  # for a single token, to look would be to wait for the device
         return None
     return mask.long() - 1

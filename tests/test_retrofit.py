@@ -373,5 +373,5 @@ def test_a_second_retrofit_and_a_foreign_cache_are_refused():
         model.dms_retrofit.enabled = False
         model(**batch(), past_key_values=cache)
         model.dms_retrofit.enabled = True
-        with pytest.raises(ValueError, match="MaskedCache"):
+        with pytest.raises(ValueError, match="CompactCache"):
             model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)

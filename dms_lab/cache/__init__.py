@@ -1,1 +1,1 @@
-"""Caches: `masked` keeps everything and hides what is evicted (the oracle)."""
+"""Caches: `compact` frees what is evicted; `masked` keeps everything and hides it (the oracle)."""

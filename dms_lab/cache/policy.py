@@ -51,7 +51,8 @@ class LayerState:
 class Ranking:
     """What a ranked rule may look at after a query, over S columns or slots in any order.
 
-    `weights` [B, H, S] of the newest query; `total` [B, K, S] summed over all queries so far and the heads of a group;
+    `weights` [B, H, S] of the newest query; `total` [B, K, S] summed over the heads of a group and, for a rule that
+    `needs_total`, over all queries so far;
     `position` [B, K, S] in tokens; `now` [B] is the newest token's.
     """
 
@@ -81,10 +82,14 @@ class WindowedRule(ABC):
 
 
 class RankedRule(ABC):
-    """While `budget` tokens or more are live in a head after a query, the lowest in rank goes: room for the next token."""
+    """While `budget` tokens or more are live in a head after a query, the lowest in rank goes: room for the next token.
+
+    In a layer with a sliding window, the token that the next query cannot see goes before all others.
+    """
 
     name: str
     budget: int
+    needs_total: bool = False  # whether the rule looks at the summed attention
 
     @abstractmethod
     def rank(self, seen: Ranking) -> Tensor:
@@ -94,11 +99,19 @@ class RankedRule(ABC):
 Policy = WindowedRule | RankedRule
 
 
-def lowest(rank: Tensor, live: Tensor, position: Tensor) -> Tensor:
-    """Index of the lowest rank among the live, [B, K, 1]; of equals the oldest, whatever the order of the slots."""
-    rank = rank.masked_fill(~live, float("inf"))
+def choose_victim(rule: RankedRule, seen: Ranking, live: Tensor, sliding_window: int | None) -> tuple[Tensor, Tensor]:
+    """Which of the live [B, K, S] goes after a query, and whether one has to: index and truth [B, K].
+
+    Of equals the oldest goes, whatever the order of the slots.
+    """
+    rank = rule.rank(seen).expand(live.shape).masked_fill(~live, float("inf"))
+    has_to = live.sum(-1) >= rule.budget
+    if sliding_window is not None:
+        leaves = live & (seen.now[:, None, None] - seen.position >= sliding_window - 1)
+        rank, has_to = rank.masked_fill(leaves, -float("inf")), has_to | leaves.any(-1)
     tied = live & (rank == rank.amin(-1, keepdim=True))
-    return position.masked_fill(~tied, torch.iinfo(position.dtype).max).argmin(-1, keepdim=True)
+    oldest = seen.position.masked_fill(~tied, torch.iinfo(seen.position.dtype).max)
+    return oldest.argmin(-1), has_to
 
 
 class PolicyCache(Cache, ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dms_lab import eviction
 from dms_lab.attention import reference
 from dms_lab.attention.soft import soft_attention
-from dms_lab.cache.policy import LayerState, RankedRule, Ranking, Scores, WindowedRule, lowest
+from dms_lab.cache.policy import LayerState, RankedRule, Ranking, Scores, WindowedRule, choose_victim
 
 
 class WindowedPolicy(WindowedRule):
@@ -155,10 +155,10 @@ class RankedPolicy(RankedRule):
             weights = weights[:, :, 0].float()
             total[:, :, : now + 1] += weights.view(batch, num_kv_heads, -1, now + 1).sum(2) * is_token
             places = position[:, None, : now + 1].expand(-1, num_kv_heads, -1)
-            ranks = self.rank(Ranking(weights, total[:, :, : now + 1], places, position[:, now], state.layer))
-            last = lowest(ranks.expand(places.shape), live[:, :, : now + 1], places)
-            is_full = live[:, :, : now + 1].sum(-1, keepdim=True) >= self.budget
-            live.scatter_(2, last, live.gather(2, last) & ~(is_full & is_token))  # room for the next token
+            ranking = Ranking(weights, total[:, :, : now + 1], places, position[:, now], state.layer)
+            victim, has_to = choose_victim(self, ranking, live[:, :, : now + 1], scores.sliding_window)
+            victim = victim[:, :, None]
+            live.scatter_(2, victim, live.gather(2, victim) & ~(has_to[:, :, None] & is_token))
         state.notes |= {"live": live, "total": total}
         return torch.cat(outputs, 2), torch.stack(counts, 2)
 

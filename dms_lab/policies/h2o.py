@@ -10,6 +10,7 @@ class H2OPolicy(RankedPolicy):
     """Drops, per KV head, the live token with the lowest cumulative attention outside the recent half of the budget."""
 
     name = "h2o"
+    needs_total = True
 
     def rank(self, seen: Ranking) -> Tensor:
         age = seen.now[:, None, None] - seen.position

@@ -1,0 +1,167 @@
+"""Attention under hard decisions over slots in pages: one query a sequence, or a chunk of new tokens as well.
+
+    decode  [B, H, 1, D] over the live slots, all of which are visible
+    chunk   [B, H, C, D] over the live slots and the C new tokens, by the visibility rule
+
+A row is one KV head of one sequence, with G query heads. On a CPU, rows are gathered a few at a time into memory that stays
+in the processor's cache, so that each slot comes from main memory once. Elsewhere all rows go at once, padded to the width
+of the table: nothing waits for the device. Where a layer bounds its scores, has sinks, or its weights are asked for, the
+dense reference does the work in float32.
+Shapes: B batch, K KV heads, G = H / K, C queries, S slots, M pages of a head, D head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dms_lab import eviction
+from dms_lab.attention import reference
+from dms_lab.cache.pages import PagePool
+from dms_lab.cache.policy import Scores
+
+_GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
+_GROUP_MASK = 2**20  # entries of a chunk's mask at a time
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Live slots of a layer: pages [B, K, M], of which each head uses the first `length` [B, K] slots.
+
+    `apart` groups no two sequences in one operation: a result then depends on nothing but its own sequence.
+    """
+
+    pool: PagePool
+    table: Tensor
+    length: Tensor
+    apart: bool = False
+
+    def gather(self, first: int, last: int, size: int, scratch: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+        """Keys and values [rows, size, D] of the rows `first..last`, in the model's dtype."""
+        pages = -(-size // self.pool.page_size)
+        wanted = self.table.flatten(0, 1)[first:last, :pages].flatten()
+        parts = zip((self.pool.key, self.pool.value), scratch or (None, None), strict=True)
+        return [store.gather(wanted, out).view(last - first, -1, store.width)[:, :size] for store, out in parts]
+
+
+def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, H, 1, D] of one query a sequence over its live slots, 0 without any; weights [B, H, S] if wanted."""
+    batch, num_heads, _, width = query.shape
+    num_kv_heads = slots.length.shape[1]
+    if want_weights or scores.softcap is not None or scores.sinks is not None:
+        size = max(1, int(slots.length.max()))
+        key, value = (x.reshape(batch, num_kv_heads, size, -1) for x in slots.gather(0, batch * num_kv_heads, size))
+        used = (torch.arange(size, device=key.device) < slots.length[:, :, None])[:, :, None]
+        output, weights = _dense(query, key, value, used, scores)
+        return output, weights[:, :, 0]
+    rows = query.reshape(batch * num_kv_heads, 1, -1, width)
+    output = query.new_zeros(rows.shape[0], 1, rows.shape[2], slots.pool.value.width)
+    lengths = slots.length.flatten()
+    for first, last, size, is_even, scratch in _groups(slots, 1):
+        if size:
+            key, value = slots.gather(first, last, size, scratch)
+            mask = None
+            if not is_even:
+                mask = (torch.arange(size, device=key.device) < lengths[first:last, None])[:, None, None]
+            found = F.scaled_dot_product_attention(
+                rows[first:last], key[:, None], value[:, None], attn_mask=mask, scale=scores.scaling
+            )
+            empty = (lengths[first:last] == 0)[:, None, None, None]
+            output[first:last] = found if is_even else found.masked_fill(empty, 0.0)
+    return output.view(batch, num_heads, 1, -1), None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New tokens and what is known of those before them.
+
+    key, value [B, K, C, D]; `position` [B, C] and, of the live slots, `past_position` [B, K, S], in tokens; `evicted`
+    [B, K, C] and `past_evicted` [B, K, S]: decided for eviction; `window` None: age alone hides nothing.
+    """
+
+    key: Tensor
+    value: Tensor
+    position: Tensor
+    evicted: Tensor
+    past_position: Tensor
+    past_evicted: Tensor
+    window: int | None
+
+
+def attend_chunk(
+    query: Tensor, chunk: Chunk, slots: Slots, scores: Scores, want_weights: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Attention [B, H, C, D] of the new tokens by the visibility rule; weights [B, H, C, S + C] if wanted."""
+    batch, num_heads, num_queries, width = query.shape
+    num_kv_heads = chunk.key.shape[1]
+    num_rows = batch * num_kv_heads
+    if want_weights or scores.softcap is not None or scores.sinks is not None:
+        size = chunk.past_position.shape[2]
+        visible = _visible(chunk, slots, 0, num_rows, size, scores).view(batch, num_kv_heads, num_queries, -1)
+        key, value = chunk.key, chunk.value
+        if size:
+            past = (x.reshape(batch, num_kv_heads, size, -1) for x in slots.gather(0, num_rows, size))
+            key, value = (torch.cat([p, x], 2) for p, x in zip(past, (key, value), strict=True))
+        return _dense(query, key, value, visible, scores)
+    group = num_heads // num_kv_heads
+    rows = query.reshape(num_rows, group, num_queries, width)
+    output = query.new_empty(num_rows, group, num_queries, chunk.value.shape[-1])
+    new_key, new_value = (x.flatten(0, 1) for x in (chunk.key, chunk.value))
+    for first, last, size, _, scratch in _groups(slots, num_queries):
+        key, value = new_key[first:last], new_value[first:last]
+        if size:
+            past = slots.gather(first, last, size, scratch)
+            key, value = (torch.cat([p, x], 1) for p, x in zip(past, (key, value), strict=True))
+        visible = _visible(chunk, slots, first, last, size, scores)
+        output[first:last] = F.scaled_dot_product_attention(
+            rows[first:last],
+            key[:, None].expand(-1, group, -1, -1),
+            value[:, None].expand(-1, group, -1, -1),
+            attn_mask=visible[:, None],
+            scale=scores.scaling,
+        )
+    return output.view(batch, num_heads, num_queries, -1), None
+
+
+def _visible(chunk: Chunk, slots: Slots, first: int, last: int, size: int, scores: Scores) -> Tensor:
+    """Which of `size` slots and the C new tokens each new token sees, in the rows `first..last`, [rows, C, size + C]."""
+    num_kv_heads = chunk.key.shape[1]
+    queries = chunk.position.repeat_interleave(num_kv_heads, 0)[first:last]
+    keys = torch.cat([chunk.past_position.flatten(0, 1)[first:last, :size], queries], 1)
+    used = torch.arange(size, device=keys.device) < slots.length.flatten()[first:last, None]
+    evicted = torch.cat([chunk.past_evicted.flatten(0, 1)[first:last, :size], chunk.evicted.flatten(0, 1)[first:last]], 1)
+    window = chunk.window or torch.iinfo(torch.long).max
+    visible = eviction.visible(evicted[:, None], window, queries, keys)[:, 0]
+    visible[:, :, :size] &= used[:, None]
+    if scores.sliding_window is not None:
+        visible &= queries[:, :, None] - keys[:, None] < scores.sliding_window
+    return visible
+
+
+def _groups(slots: Slots, num_queries: int):
+    """(first row, last row, slots of the longest, whether all have as many, scratch) of the rows to attend at once."""
+    num_rows, num_kv_heads = slots.length.numel(), slots.length.shape[1]
+    page_size, key, value = slots.pool.page_size, slots.pool.key, slots.pool.value
+    if slots.length.device.type != "cpu":
+        yield 0, num_rows, slots.table.shape[2] * page_size, False, None
+        return
+    lengths = slots.length.flatten().tolist()
+    longest = max(lengths)
+    pages = -(-longest // page_size)
+    fit = _GROUP_BYTES // max(1, pages * page_size * key.width * key.data.element_size())
+    fit = max(1, min(fit, _GROUP_MASK // (num_queries * (longest + num_queries)), num_rows))
+    if slots.apart:
+        fit = next(n for n in range(min(fit, num_kv_heads), 0, -1) if num_kv_heads % n == 0)
+    scratch = None
+    if key.scale is None:
+        scratch = tuple(x.data.new_empty(fit * pages, page_size, x.width) for x in (key, value))
+    for first in range(0, num_rows, fit):
+        mine = lengths[first : first + fit]
+        yield first, first + len(mine), max(mine), min(mine) == max(mine), scratch
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    wide = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
+    output, weights = reference.attend(*wide, visible, scores.scaling, scores.softcap, scores.sinks)
+    return output.to(query.dtype), weights

@@ -1,0 +1,357 @@
+"""The compact cache: what is evicted is freed, and its memory serves the next token.
+
+    model.generate(...)  ->  update(new keys, new values): handed on  ->  attend
+      one token     its slot is that of the token leaving the window, or a new one -> attention over the live slots
+      more tokens   in pieces of `chunk`: attention over live slots and the piece -> what is still visible is stored
+
+Every (sequence, layer, KV head) has a length of its own, in pages of one pool. A prompt, a later turn and a single token
+are the same path; held are the live slots and at most one piece. Equal to `cache.masked`, which frees nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from dms_lab.attention.paged import Chunk, Slots, attend_chunk, decode
+from dms_lab.cache.pages import PagePool
+from dms_lab.cache.policy import Policy, PolicyCache, RankedRule, Ranking, Scores, WindowedRule, choose_victim
+from dms_lab.cache.slots import SlotTable
+from dms_lab.cache.storage import FORMATS
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a cache saves: by eviction (tokens / slots), by storage (bytes of a slot), and in bytes really allocated."""
+
+    eviction: float
+    storage: float
+    together: float
+
+
+class CompactLayer(CacheLayerMixin):
+    """One layer's slots. Made by `CompactCache`."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "CompactCache", index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.slots: SlotTable | None = None
+        self.columns = 0  # tokens and padding handed to this layer, as Hugging Face counts them
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        if self.slots is not None:
+            self.slots.release(torch.arange(self.slots.length.shape[0], device=self.slots.length.device))
+            self.cache.pool.shrink()
+        self.slots, self.columns = None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.slots is not None:
+            self.slots.crop(-tokens_to_remove)
+            self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.slots is not None:
+            self.slots.select(indices.to(self.slots.length.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.slots is not None:
+            rows = torch.arange(self.slots.length.shape[0], device=self.slots.length.device)
+            self.slots.select(rows.repeat_interleave(repeats))
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, logit: Tensor | None, real: Tensor | None):
+        """Attention [B, H, Q, D] of new tokens, of which `real` [B, Q] (None: all), and their storing."""
+        cache, batch, num_columns = self.cache, query.shape[0], query.shape[2]
+        if self.slots is None:
+            self.slots = cache.new_table(self.index, batch, key, value, scores)
+        self.slots.rows = cache.rows
+        self.columns += num_columns
+        if num_columns == 1 and scores.sliding_window is None:
+            return self._one(query, key, value, scores, logit, None if real is None else real[:, 0])
+        order = None
+        if real is not None:
+            self.slots.note_columns(real, num_columns)
+            order = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # tokens first, padding behind them
+            query, key, value = (_ordered(x, order) for x in (query, key, value))
+            logit = None if logit is None else logit.gather(2, order[:, None].expand(logit.shape))
+        else:
+            self.slots.note_columns(None, num_columns)
+        count = torch.full((batch,), num_columns, device=key.device) if real is None else real.sum(1)
+        output = self._pieces(query, key, value, scores, logit, count)
+        if order is None:
+            return output
+        output = torch.zeros_like(output).scatter_(2, order[:, None, :, None].expand(output.shape), output)
+        return output.masked_fill_(~real[:, None, :, None], 0.0)
+
+    def _pieces(self, query, key, value, scores, logit, count):
+        outputs, start, total = [], 0, query.shape[2]
+        while start < total:
+            left = (count - start).clamp(min=0)
+            stop = start + self._piece_size(total - start, left, scores)
+            piece = [x[:, :, start:stop] for x in (query, key, value)]
+            flags = None if logit is None else logit[:, :, start:stop]
+            if stop - start == 1 and isinstance(self.cache.policy, RankedRule):
+                outputs.append(self._one(*piece, scores, flags, left > 0, note=False))
+            else:
+                outputs.append(self._piece(*piece, scores, flags, left.clamp(max=stop - start)))
+            start = stop
+        return torch.cat(outputs, 2)
+
+    def _piece_size(self, columns: int, left: Tensor, scores: Scores) -> int:
+        """How many of the next columns go at once: a ranked rule decides after every token once its budget is near."""
+        policy, size = self.cache.policy, min(columns, self.cache.chunk)
+        if isinstance(policy, WindowedRule):
+            return size
+        room = policy.budget - 1 - int(self.slots.get("length").max())
+        return max(1, min(size, room))
+
+    def _slots(self) -> Slots:
+        return Slots(self.cache.pool, self.slots.get("table"), self.slots.get("length"), self.cache.apart)
+
+    def _piece(self, query, key, value, scores, logit, count):
+        """A chunk [B, *, C, D], the first `count` [B] of it tokens: attention by the visibility rule, then storing."""
+        slots, policy = self.slots, self.cache.policy
+        position = slots.get("seen")[:, None] + torch.arange(key.shape[2], device=key.device)
+        flags = self._flags(logit, position, key.shape[1])
+        governed = slots.governed(flags, count)
+        address, past_position, in_use = slots.past()
+        new_position = position[:, None].expand(-1, key.shape[1], -1)
+        chunk = Chunk(
+            key,
+            value,
+            position,
+            slots.is_evicted(governed, new_position),
+            past_position,
+            slots.is_evicted(governed, past_position),
+            slots.window,
+        )
+        sums = isinstance(policy, RankedRule) and policy.needs_total
+        output, weights = attend_chunk(query, chunk, self._slots(), scores, want_weights=sums)
+        slots.append_chunk(key, value, flags, count)
+        if sums:
+            self._sum_weights(weights, address[in_use], in_use, count)
+        if isinstance(policy, RankedRule) and slots.sliding is not None:
+            slots.expire()
+        return output
+
+    def _sum_weights(self, weights: Tensor, address: Tensor, in_use: Tensor, count: Tensor) -> None:
+        """Adds a chunk's attention to the slots' totals; nothing was evicted, so new tokens stand at the end."""
+        pool, size = self.cache.pool, in_use.shape[2]
+        is_query = torch.arange(weights.shape[2], device=weights.device) < count[:, None]
+        received = (weights * is_query[:, None, :, None]).sum(2).view(*in_use.shape[:2], -1, weights.shape[3]).sum(2)
+        pool.weight.view(-1)[address] += received[:, :, :size][in_use]
+        length = self.slots.get("length")
+        slot = torch.arange(weights.shape[2], device=weights.device) + length[:, :, None] - count[:, None, None]
+        fresh = is_query[:, None].expand(slot.shape)
+        pool.weight.view(-1)[self.slots.address(slot.clamp(min=0))[fresh]] = received[:, :, size:][fresh]
+
+    def _flags(self, logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
+        policy = self.cache.policy
+        return policy.flags(logit, position, num_kv_heads) if isinstance(policy, WindowedRule) else None
+
+    def _one(self, query, key, value, scores, logit, real, note=True):
+        """One new token a sequence: its slot, then attention over what is live. `real` [B] False: nothing is stored."""
+        slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
+        now, tail = slots.get("seen"), slots.get("tail")
+        flag = self._flags(logit, now[:, None], key.shape[1])
+        address = slots.append_one(None if flag is None else flag[:, :, 0], real)
+        if not note:
+            slots.put("tail", tail)
+        position = now[:, None].expand(address.shape).flatten()
+        pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
+        ranked = isinstance(policy, RankedRule)
+        output, weights = decode(query, self._slots(), scores, want_weights=ranked)
+        if ranked:
+            self._rank(weights, now, real, scores.sliding_window)
+        return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
+
+    def _rank(self, weights: Tensor, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
+        """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""
+        slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
+        address, position, in_use = slots.past()
+        is_token = torch.ones_like(now, dtype=torch.bool) if real is None else real
+        total = weights.view(*in_use.shape[:2], -1, in_use.shape[2]).sum(2)
+        if pool.weight is not None:
+            held = in_use & is_token[:, None, None]
+            pool.weight.view(-1)[address[held]] += total[held]
+            total = pool.weight.view(-1)[address]
+        ranking = Ranking(weights, total, position, now, self.index)
+        victim, has_to = choose_victim(policy, ranking, in_use, sliding_window)
+        victim = torch.where(has_to, victim, -1)
+        slots.put("victim", torch.where(is_token[:, None], victim, slots.get("victim")))
+
+
+class CompactCache(PolicyCache):
+    """A Hugging Face cache with one `policy` (of `dms_lab.policies`) for all layers, which really frees memory.
+
+    `storage`: "model" (the model's dtype), "fp8" or "int8". `num_pages` of `page_size` slots: a pool of that size, which
+    raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many sequences, of which `rows` are in use
+    at a time; None: as many as the first batch has. `chunk`: how many tokens of a prompt are attended at once. `apart`: no
+    operation of the attention mixes sequences.
+
+    Gradients do not pass through it: a backward through its output raises. Crop works while nothing was freed.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        policy: Policy,
+        storage: str = "model",
+        page_size: int = 32,
+        num_pages: int | None = None,
+        num_places: int | None = None,
+        chunk: int = 256,
+        apart: bool = False,
+    ) -> None:
+        if storage not in FORMATS:
+            raise ValueError(f"storage={storage!r} is not known; choose one of {', '.join(FORMATS)}")
+        if chunk < 1:
+            raise ValueError(f"chunk={chunk} must be at least 1 token; 256 is usual")
+        super().__init__(layers=[])
+        self.policy, self.storage, self.page_size, self.num_pages = policy, storage, page_size, num_pages
+        self.num_places, self.chunk, self.apart = num_places, chunk, apart
+        self.pool: PagePool | None = None
+        self.rows: Tensor | None = None
+        self._element_bytes = 0
+
+    # -- Hugging Face's side -----------------------------------------------------------------------------------------
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        while len(self.layers) <= layer_idx:
+            self.layers.append(CompactLayer(self, len(self.layers)))
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens (a negative count), in all layers or in none; `ValueError` if slots were freed since."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give a negative count of tokens to remove, as Hugging Face does")
+        for layer in self.layers:
+            if tokens_to_remove and layer.slots is not None:
+                layer.slots.check_crop(-tokens_to_remove)
+        for layer in self.layers:
+            layer.crop(tokens_to_remove)
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+    def new_table(self, layer_idx: int, batch: int, key: Tensor, value: Tensor, scores: Scores) -> SlotTable:
+        """The empty table of a layer; the first one opens the pool."""
+        if self.pool is None:
+            self.pool = PagePool(
+                key.shape[-1],
+                value.shape[-1],
+                key.dtype,
+                key.device,
+                self.page_size,
+                self.num_pages,
+                self.storage,
+                isinstance(self.policy, RankedRule) and self.policy.needs_total,
+            )
+            self._element_bytes = key.element_size()
+        window, shift = None, 0
+        if isinstance(self.policy, WindowedRule):
+            window = self.policy.window
+            shift = {"self": 0, "next": 1, "delayed": window}[self.policy.decided_by]
+        places = self.num_places or batch
+        return SlotTable(self.pool, places, key.shape[1], window, shift, scores.sliding_window)
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Scores,
+        evict_logit: Tensor | None,
+        document: Tensor | None,
+    ) -> Tensor:
+        self._check(layer_idx, query, key, value)
+        real = None if document is None else document[:, -query.shape[2] :] >= 0
+        with torch.inference_mode(False), torch.no_grad():
+            output = self.layers[layer_idx].attend(query, key, value, scores, evict_logit, real)
+        return _NoBackward.apply(query, output) if torch.is_grad_enabled() and query.requires_grad else output
+
+    def _check(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> None:
+        pool, layer = self.pool, self.layers[layer_idx]
+        if pool is not None:
+            mine = (pool.key.width, pool.value.width, pool.key.dtype, pool.device)
+            theirs = (key.shape[-1], value.shape[-1], key.dtype, key.device)
+            if mine != theirs:
+                raise ValueError(
+                    f"this cache holds another model's tokens: (key width, value width, dtype, device) is {mine}, but "
+                    f"layer {layer_idx} has {theirs}; make a new CompactCache for each model"
+                )
+        if layer.slots is not None:
+            num_rows = layer.slots.length.shape[0] if self.rows is None else self.rows.shape[0]
+            if (num_rows, layer.slots.length.shape[1]) != tuple(key.shape[:2]):
+                raise ValueError(
+                    f"this cache serves {num_rows} sequences with {layer.slots.length.shape[1]} KV heads, but was given "
+                    f"{key.shape[0]} with {key.shape[1]}; continue the same sequences, or make a new CompactCache"
+                )
+
+    # -- accounting --------------------------------------------------------------------------------------------------
+    def live_slots(self) -> Tensor:
+        lengths = []
+        for layer in self.layers:
+            layer.slots.rows = self.rows
+            lengths.append(layer.slots.get("length"))
+        return torch.stack(lengths, dim=1)
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all pages and tables, as the allocator sees them."""
+        tables = sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None)
+        return tables + (0 if self.pool is None else self.pool.allocated_bytes)
+
+    def compression(self) -> Compression:
+        """What this cache saves now, over all its sequences: by eviction, by storage, and both in allocated bytes."""
+        seen = torch.stack([layer.slots.seen for layer in self.layers], 1).double()
+        live = torch.stack([layer.slots.length for layer in self.layers], 1).double()
+        pool = self.pool
+        plain = (pool.key.width + pool.value.width) * self._element_bytes
+        stored = sum(s.data.element_size() * s.width for s in (pool.key, pool.value))
+        stored += 0 if pool.key.scale is None else 8 / pool.page_size
+        full_bytes = float(seen.sum()) * live.shape[2] * plain
+        return Compression(
+            float(seen.sum()) * live.shape[2] / max(1.0, float(live.sum())),
+            plain / stored,
+            full_bytes / max(1, self.allocated_bytes),
+        )
+
+
+class _NoBackward(torch.autograd.Function):
+    """Passes an output on; a backward through it says where gradients are to be had instead."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, output: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "the compact cache carries no gradients: train with `handle.soft(...)`, or evaluate inside torch.no_grad()"
+        )
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [B, heads, C, D] with its tokens in `order` [B, C]."""
+    return x.gather(2, order[:, None, :, None].expand(x.shape))
