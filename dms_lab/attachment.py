@@ -131,7 +131,7 @@ class Retrofit:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} is the original model's; a retrofitted "
                 "one makes a CompactCache. Leave it out, pass past_key_values=dms_lab.CompactCache(policy, storage=...), "
-                "  generate inside `with handle.disabled():`"
+                "or generate inside `with handle.disabled():`"
             )
         model_kwargs["past_key_values"] = CompactCache(self.policy())
 
