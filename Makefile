@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+KVPRESS := experiments/peers/kvpress
 ARGS ?=
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-all check clean
+.PHONY: help setup demo test test-all check kvpress clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,5 +34,13 @@ check: $(STAMP)  ## lint and formatting
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+kvpress: $(KVPRESS)/.venv/.installed  ## build the environment of the kvpress presses, see experiments/peers/kvpress
+
+$(KVPRESS)/.venv/.installed: $(KVPRESS)/requirements.txt
+	test -x $(KVPRESS)/.venv/bin/python || $(PYTHON) -m venv $(KVPRESS)/.venv
+	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(KVPRESS)/requirements.txt
+	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $(KVPRESS)/requirements.txt
+	touch $(KVPRESS)/.venv/.installed
+
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv runs outputs .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv $(KVPRESS)/.venv runs outputs .pytest_cache .ruff_cache .hypothesis dist
