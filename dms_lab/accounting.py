@@ -4,25 +4,24 @@
 |-----------------|-----------------------------------------------------------------------------------------------------|
 | `kv_reads`      | live slots attended to, summed over decode steps, mean over layers and KV heads; mean over requests |
 | `peak_tokens`   | maximum of live slots over the steps, mean over layers and KV heads; mean over requests             |
-| `kv_bytes_peak` | bytes that those slots' keys and values take: what a cache that frees them would hold               |
+| `kv_bytes_peak` | bytes allocated for a request's keys, values, positions, scales and tables at its peak              |
 | `measured_cr`   | logical tokens / live slots at the end of the request, prompt and window included                   |
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: counts in tokens, averaged over layers and KV heads."""
+    """One request: counts in tokens, averaged over layers and KV heads, and its bytes."""
 
     kv_reads: float
     peak_tokens: float
     live_tokens: float
     num_tokens: int
     num_generated: int
+    kv_bytes_peak: float
 
 
 @dataclass(frozen=True)
@@ -38,39 +37,25 @@ class Usage:
     num_requests: int
 
 
-class Meter:
-    """Adds up the live slots of requests that decode together, step by step.
+@dataclass
+class Tally:
+    """Adds up what one request holds and reads, step by step; counts are means over layers and KV heads."""
 
-    `peak_concurrent_tokens` is the maximum over the steps of what all requests of a step hold together: the memory that a
-    server needs, where the mean of the requests' own peaks says what one of them costs.
-    """
+    kv_reads: float = 0.0
+    peak_tokens: float = 0.0
+    live_tokens: float = 0.0
+    kv_bytes_peak: float = 0.0
 
-    def __init__(self, num_requests: int):
-        self.peak_concurrent_tokens = 0.0
-        self._reads = [0.0] * num_requests
-        self._peaks = [0.0] * num_requests
-        self._live = [0.0] * num_requests
+    def note(self, live: float, held_bytes: float, read: float | None) -> None:
+        """Counts one forward that left `live` slots in `held_bytes`, after it `read` slots; None: a prefill."""
+        self.live_tokens = live
+        self.peak_tokens = max(self.peak_tokens, live)
+        self.kv_bytes_peak = max(self.kv_bytes_peak, held_bytes)
+        self.kv_reads += read or 0.0
 
-    def step(self, live: Tensor, active: Sequence[int] | None = None, prefill: bool = False) -> None:
-        """Counts one forward of the requests `active` (default: all), with `live` slots [B, L, K] after it.
-
-        A prefill holds memory but is no decode step, so it adds no reads. Raises `ValueError` if B is not the number of
-        active requests.
-        """
-        rows = range(len(self._reads)) if active is None else active
-        tokens = live.double().mean((1, 2)).tolist()
-        if len(tokens) != len(rows):
-            raise ValueError(f"live slots of {len(tokens)} requests were given, but {len(rows)} are active; name them")
-        for row, held in zip(rows, tokens, strict=True):
-            self._reads[row] += 0.0 if prefill else held
-            self._peaks[row] = max(self._peaks[row], held)
-            self._live[row] = held
-        self.peak_concurrent_tokens = max(self.peak_concurrent_tokens, sum(tokens))
-
-    def requests(self, num_tokens: Sequence[int], num_generated: Sequence[int]) -> list[Request]:
-        """What each request cost, given its logical tokens (prompt included) and those that it generated."""
-        rows = zip(self._reads, self._peaks, self._live, num_tokens, num_generated, strict=True)
-        return [Request(*row) for row in rows]
+    def request(self, num_tokens: int, num_generated: int) -> Request:
+        """The cost of the request, given its logical tokens (prompt included) and those that it generated."""
+        return Request(self.kv_reads, self.peak_tokens, self.live_tokens, num_tokens, num_generated, self.kv_bytes_peak)
 
 
 def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int) -> int:
@@ -78,18 +63,17 @@ def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, element_bytes:
     return 2 * num_layers * num_kv_heads * head_dim * element_bytes
 
 
-def usage(requests: Iterable[Request], bytes_per_token: int) -> Usage:
+def usage(requests: Iterable[Request]) -> Usage:
     """The mean over `requests`; measured CR is the ratio of the sums. Raises `ValueError` if there is none."""
     found = list(requests)
     if not found:
         raise ValueError("accounting needs at least one request")
     count = len(found)
-    peak = sum(r.peak_tokens for r in found) / count
     live = sum(r.live_tokens for r in found)
     return Usage(
         kv_reads=sum(r.kv_reads for r in found) / count,
-        peak_tokens=peak,
-        kv_bytes_peak=peak * bytes_per_token,
+        peak_tokens=sum(r.peak_tokens for r in found) / count,
+        kv_bytes_peak=sum(r.kv_bytes_peak for r in found) / count,
         measured_cr=sum(r.num_tokens for r in found) / max(live, 1e-9),
         live_tokens=live / count,
         tokens_generated=sum(r.num_generated for r in found),

@@ -1,32 +1,398 @@
-"""Batched greedy decoding through a cache with a policy, with the accounting of every request.
+"""Batched decoding over one page pool: a chain that ends makes room for the next at once.
 
-    prompts -> left padding -> prefill -> one token at a time until the end token or the limit -> Generated
+    prompts -> waiting -> admitted when pages are free -> prefill (chains of one problem: once, then copied) -> decode steps
+            -> sampler, stop rule -> Generated, pages given back         pool empty: the youngest chain goes back to waiting
 
-A finished sequence leaves the batch: it costs nothing more and is not counted any more.
+A chain's random numbers depend on (seed, problem, chain) alone. With `deterministic`, every matrix keeps its shape (all
+places decode in every step, prefill chunks are padded) and no operation mixes chains: on a CPU, a chain's tokens do not
+depend, bit for bit, on what else is in the batch. Without it, only a near-tie that rounding flips may differ.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dms_lab.accounting import Meter, Request
-from dms_lab.cache.masked import MaskedCache
+from dms_lab.accounting import Request, Tally
+from dms_lab.attachment import Retrofit
+from dms_lab.cache.compact import CompactCache
+from dms_lab.cache.pages import PoolExhausted
 from dms_lab.cache.policy import Policy
+from dms_lab.sampling import ChainGenerator, Sampler, SamplingConfig, StopRule, chain_generator
+from dms_lab.structure import output_head
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem to continue in one chain: its name, token ids, and which of its chains this is."""
+
+    problem: int | str
+    ids: list[int]
+    chain: int = 0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How chains are run. `places` decode together; `num_pages` of `page_size` slots, None: a pool that grows.
+
+    A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free.
+    """
+
+    max_new_tokens: int = 1024
+    places: int = 8
+    num_pages: int | None = None
+    page_size: int = 32
+    storage: str = "model"
+    prefill_chunk: int = 256
+    reserve: float = 0.05
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "places", "prefill_chunk", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.reserve < 1:
+            raise ValueError(f"reserve={self.reserve} is a share of the pool; use 0 to below 1, 0.05 is usual")
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One answered request: the new tokens, why they end (`eos` or `length`), and what its cache cost."""
+    """One answered chain.
+
+    `finish_reason`: `eos`, `stop`, `length`, or `error` with the sentence in `error`. `seconds_to_first_token` counts from
+    its admission. `preemptions`: how often it had to begin anew for want of pages; that work is not in `usage`.
+    """
 
     ids: list[int]
     finish_reason: str
     usage: Request
+    problem: int | str = 0
+    chain: int = 0
+    text: str = ""
+    seconds_to_first_token: float | None = None
+    preemptions: int = 0
+    error: str | None = None
 
 
-@torch.inference_mode()
+@dataclass
+class _Chain:
+    prompt: Prompt
+    draws: ChainGenerator
+    rule: StopRule
+    ids: list[int] = field(default_factory=list)
+    tally: Tally = field(default_factory=Tally)
+    place: int = -1
+    order: int = -1  # of admission
+    next: int = 0  # how many of `ids` went through the model
+    pages: int = 0  # held when last looked
+    preemptions: int = 0
+    admitted_at: float = 0.0
+    first_token_after: float | None = None
+
+    @property
+    def known(self) -> list[int]:
+        return self.prompt.ids + self.ids
+
+
+class Engine:
+    """Runs chains through one retrofitted model and one pool; `run` may be called again, with the places empty then."""
+
+    def __init__(
+        self,
+        handle: Retrofit,
+        policy: Policy,
+        settings: Settings,
+        sampling: SamplingConfig,
+        eos_ids: Iterable[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        self.handle, self.settings, self.sampling, self.tokenizer = handle, settings, sampling, tokenizer
+        self.sampler = Sampler(sampling, eos_ids, tokenizer)
+        self.model, self.head = handle.model, output_head(handle.model)
+        self.device = next(handle.model.parameters()).device
+        self.cache = CompactCache(
+            policy,
+            settings.storage,
+            settings.page_size,
+            settings.num_pages,
+            num_places=settings.places + 1,  # the last one holds the prompt that several chains share
+            chunk=settings.prefill_chunk,
+            apart=settings.deterministic,
+        )
+        self._template: tuple[int | str, Tensor] | None = None  # the problem in the last place, logits after its prompt
+        self._waiting: deque[_Chain] = deque()
+        self._active: dict[int, _Chain] = {}
+        self._num_admitted = 0
+        self._on_token: Callable[[Prompt, list[int]], None] | None = None
+
+    @torch.no_grad()
+    def run(
+        self, prompts: Iterable[Prompt], on_token: Callable[[Prompt, list[int]], None] | None = None
+    ) -> Iterator[Generated]:
+        """Yields each chain as it ends. A chain that cannot run ends with `finish_reason="error"`; the others go on.
+
+        `on_token` is called with a chain's prompt and ids after each new token.
+        """
+        self._on_token = on_token
+        self._waiting.extend(
+            _Chain(p, chain_generator(self.sampling.seed, p.problem, p.chain), self.sampler.stop_rule()) for p in prompts
+        )
+        try:
+            while self._waiting or self._active:
+                yield from self._admit()
+                yield from self._step()
+        finally:
+            self._waiting.clear()
+            self._release([*self._active])
+            self._drop_template()
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+    def _admit(self) -> Iterator[Generated]:
+        while self._waiting and len(self._active) < self.settings.places and self._has_room(self._waiting[0]):
+            chain = self._waiting.popleft()
+            problem = unfit(chain.prompt, self.settings.max_new_tokens, self.model)
+            if problem:
+                yield self._ended(chain, "error", problem)
+                continue
+            chain.place = min(set(range(self.settings.places)) - set(self._active))
+            chain.admitted_at = time.monotonic()
+            try:
+                logits = self._prefilled(chain)
+            except PoolExhausted as exhausted:
+                yield from self._no_room(chain, exhausted)
+                break
+            self._active[chain.place] = chain
+            self._num_admitted += 1
+            chain.order = self._num_admitted
+            held = self._held([chain.place])[0]
+            if self.settings.deterministic and chain.ids:
+                chain.next = 0  # what it said goes through the same decode steps again
+                continue
+            # A chain that begins anew took its newest token in with the others: that stands for the step it missed.
+            self._note(chain, held, prefill=not chain.ids)
+            chain.next = len(chain.ids)
+            yield from self._choose([chain], logits)
+
+    def _has_room(self, chain: _Chain) -> bool:
+        """Whether the pages that a chain held, or that its prompt would take uncompressed, are free beside the reserve."""
+        pool = self.cache.pool
+        if pool is None or pool.grows or not self._active:
+            return True
+        rows = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
+        wanted = chain.pages or rows * -(-len(chain.known) // pool.page_size)
+        return pool.count_free() >= wanted + self.settings.reserve * pool.num_pages
+
+    def _no_room(self, chain: _Chain, exhausted: PoolExhausted) -> Iterator[Generated]:
+        """A prompt did not fit: it waits while others run, and is refused when it had the pool to itself."""
+        held = self._pages([chain.place])[0]
+        self._release([chain.place])
+        if self._template is not None:
+            self._drop_template()
+            self._waiting.appendleft(chain)
+        elif self._active:
+            chain.pages = held + exhausted.needed
+            self._waiting.appendleft(chain)
+        else:
+            yield self._ended(chain, "error", self._too_small(chain, held + exhausted.needed))
+
+    def _too_small(self, chain: _Chain, needed: int) -> str:
+        rows = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
+        most = rows * -(-(len(chain.prompt.ids) + self.settings.max_new_tokens) // self.settings.page_size)
+        return (
+            f"a pool of {self.settings.num_pages} pages is too small for this sequence alone: within {len(chain.known)} "
+            f"tokens it needs {needed}; {most} are enough in any case ({self.settings.page_size} slots each)"
+        )
+
+    # -- prefill -----------------------------------------------------------------------------------------------------
+    def _prefilled(self, chain: _Chain) -> Tensor:
+        """Puts a chain's tokens into its place; logits [1, V] after them. Chains of one problem share their forward."""
+        fresh = self.settings.deterministic or not chain.ids
+        mine = chain.prompt
+        shared = fresh and any(c.prompt.problem == mine.problem and c.prompt.ids == mine.ids for c in self._waiting)
+        if fresh and self._template is not None and self._template[0] == (mine.problem, tuple(mine.ids)):
+            logits = self._template[1]
+        elif shared:
+            self._drop_template()
+            logits = self._forward_prompt(mine.ids, self.settings.places)
+            self._template = ((mine.problem, tuple(mine.ids)), logits)
+        else:
+            return self._forward_prompt(mine.ids if fresh else chain.known, chain.place)
+        self.cache.copy(self._rows([self.settings.places]), self._rows([chain.place]))
+        if not shared:
+            self._drop_template()
+        return logits
+
+    def _forward_prompt(self, ids: list[int], place: int) -> Tensor:
+        size, hidden, real = self.settings.prefill_chunk, None, None
+        try:
+            for start in range(0, len(ids), size):
+                chunk = ids[start : start + size]
+                count = len(chunk)
+                if self.settings.deterministic:
+                    real = torch.arange(size, device=self.device)[None] < count
+                    chunk = chunk + [0] * (size - count)
+                positions = torch.arange(start, start + len(chunk), device=self.device).clamp(max=start + count - 1)
+                hidden = self._forward(torch.tensor([chunk], device=self.device), positions[None], [place], real)
+        except PoolExhausted:
+            self.cache.release(self._rows([place]))
+            raise
+        return self.head(hidden[:, count - 1])
+
+    def _forward(self, ids: Tensor, positions: Tensor, places: Sequence[int], real: Tensor | None) -> Tensor:
+        """Last hidden states [R, C, hidden] of new tokens [R, C] for the sequences in `places`."""
+        self.cache.rows = self._rows(places)
+        plan = self.handle.hard(self.cache, real)
+        base = self.model.get_decoder()
+        return base(
+            input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, dms=plan
+        ).last_hidden_state
+
+    def _rows(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.device)
+
+    # -- decoding ----------------------------------------------------------------------------------------------------
+    def _step(self) -> Iterator[Generated]:
+        """One token for every active chain."""
+        yield from self._make_room()
+        if not self._active:
+            return
+        chains = [self._active[place] for place in sorted(self._active)]
+        places, real = [chain.place for chain in chains], None
+        if self.settings.deterministic:
+            places = list(range(self.settings.places))
+            real = torch.tensor([place in self._active for place in places], device=self.device)[:, None]
+        rows = [places.index(chain.place) for chain in chains]
+        ids = torch.zeros(len(places), 1, dtype=torch.long)
+        positions = torch.zeros_like(ids)
+        for row, chain in zip(rows, chains, strict=True):
+            ids[row], positions[row] = chain.ids[chain.next], len(chain.prompt.ids) + chain.next
+        try:
+            hidden = self._forward(ids.to(self.device), positions.to(self.device), places, real)
+        except PoolExhausted as exhausted:  # only a chain that had the pool to itself
+            (chain,) = chains
+            needed = self._pages([chain.place])[0] + exhausted.needed
+            yield self._ended(chain, "error", self._too_small(chain, needed))
+            return
+        logits = self.head(hidden[:, -1])[rows]
+        again = [chain.next + 1 < len(chain.ids) for chain in chains]
+        for chain, held, repeats in zip(chains, self._held([c.place for c in chains]), again, strict=True):
+            chain.next += 1
+            if not repeats:
+                self._note(chain, held, prefill=False)
+        fresh = [i for i, repeats in enumerate(again) if not repeats]
+        if fresh:
+            yield from self._choose([chains[i] for i in fresh], logits[fresh])
+
+    def _make_room(self) -> Iterator[Generated]:
+        """Sends the youngest chains back to waiting until the pool surely has what the next step can take."""
+        pool = self.cache.pool
+        if pool is None or pool.grows:
+            return
+        while len(self._active) > 1 or (self._active and self._template is not None):
+            needed = self._most_new_pages([*self._active])
+            if pool.count_free() >= needed:
+                break
+            if self._template is not None:
+                self._drop_template()
+                continue
+            youngest = max(self._active.values(), key=lambda chain: chain.order)
+            youngest.pages = self._pages([youngest.place])[0]
+            self._release([youngest.place])
+            youngest.preemptions += 1
+            self._waiting.appendleft(youngest)
+        return
+        yield
+
+    def _choose(self, chains: list[_Chain], logits: Tensor) -> Iterator[Generated]:
+        """Draws the next token of each chain, ends those that are done."""
+        uniforms = [chain.draws.uniform(len(chain.ids)) for chain in chains]
+        tokens, valid = self.sampler.choose(logits, [chain.known for chain in chains], uniforms)
+        for chain, token, sound in zip(chains, tokens.tolist(), valid.tolist(), strict=True):
+            if not sound:
+                place = f"token {len(chain.ids)} of chain {chain.prompt.chain}"
+                sentence = f"the logits of {place} are not finite: look for an overflow in the model, or use another dtype"
+                yield self._ended(chain, "error", sentence)
+                continue
+            chain.ids.append(token)
+            if chain.first_token_after is None:
+                chain.first_token_after = time.monotonic() - chain.admitted_at
+            if self._on_token is not None:
+                self._on_token(chain.prompt, chain.ids)
+            verdict = chain.rule.check(chain.ids)
+            if verdict is not None:
+                yield self._ended(chain, verdict[0])
+            elif len(chain.ids) >= self.settings.max_new_tokens:
+                yield self._ended(chain, "length")
+
+    def _ended(self, chain: _Chain, reason: str, error: str | None = None) -> Generated:
+        if chain.place in self._active and self._active[chain.place] is chain:
+            self._release([chain.place])
+        return Generated(
+            chain.ids,
+            reason,
+            # The last token generated never went through the model.
+            chain.tally.request(len(chain.prompt.ids) + max(0, len(chain.ids) - 1), len(chain.ids)),
+            chain.prompt.problem,
+            chain.prompt.chain,
+            chain.rule.text(chain.ids) if self.tokenizer is not None else "",
+            chain.first_token_after,
+            chain.preemptions,
+            error,
+        )
+
+    # -- pages -------------------------------------------------------------------------------------------------------
+    def _release(self, places: list[int]) -> None:
+        if places and self.cache.layers:
+            self.cache.release(self._rows(places))
+        for place in places:
+            self._active.pop(place, None)
+
+    def _drop_template(self) -> None:
+        if self._template is not None:
+            self.cache.release(self._rows([self.settings.places]))
+            self._template = None
+
+    def _lengths(self, places: list[int]) -> Tensor:
+        self.cache.rows = self._rows(places)
+        return self.cache.live_slots()
+
+    def _pages(self, places: list[int]) -> list[int]:
+        """Pages that the sequences in `places` hold."""
+        return (-(-self._lengths(places) // self.settings.page_size)).sum((1, 2)).tolist()
+
+    def _most_new_pages(self, places: list[int]) -> int:
+        return int((self._lengths(places) % self.settings.page_size == 0).sum())
+
+    def _held(self, places: list[int]) -> list[tuple[float, float, int]]:
+        """Of each sequence: live slots and slots read in a step, mean over layers and heads, and bytes."""
+        live, read = self._lengths(places), self.cache.read_slots()
+        pages = (-(-live // self.settings.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
+        tables = self.cache.table_bytes // (self.settings.places + 1)
+        counts = (live.double().mean((1, 2)), read.double().mean((1, 2)), pages + tables)
+        return list(zip(*(x.tolist() for x in counts), strict=True))
+
+    @staticmethod
+    def _note(chain: _Chain, held: tuple[float, float, int], prefill: bool) -> None:
+        chain.tally.note(held[0], held[2], None if prefill else held[1])
+
+
+def unfit(prompt: Prompt, max_new_tokens: int, model: PreTrainedModel) -> str | None:
+    """Why a prompt cannot be continued, as a sentence; None if it can."""
+    limit = model.config.get_text_config().max_position_embeddings
+    if not prompt.ids:
+        return f"prompt {prompt.problem} is empty; a prompt needs at least one token"
+    if len(prompt.ids) + max_new_tokens > limit:
+        return (
+            f"prompt {prompt.problem} has {len(prompt.ids)} tokens; with max_new_tokens={max_new_tokens} it exceeds the "
+            f"model's {limit} positions: shorten it or lower max_new_tokens"
+        )
+    return None
+
+
 def generate_greedy(
     model: PreTrainedModel,
     make_policy: Callable[[], Policy],
@@ -35,27 +401,22 @@ def generate_greedy(
     end_id: int,
     batch_size: int = 32,
 ) -> list[Generated]:
-    """Continues every prompt greedily through a masked cache; returns results in the order of `prompts`.
+    """Continues every prompt greedily on a compact cache; returns results in the order of `prompts`.
 
     `model` must be retrofitted (a seam without predictor will do for policies without one). Raises `ValueError` for an
-    empty prompt or one that, with `max_new_tokens`, exceeds the model's positions.
+    empty prompt or one that, with `max_new_tokens`, exceeds the model's positions, before anything is generated.
     """
-    limit = model.config.get_text_config().max_position_embeddings
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise ValueError(f"prompt {index} is empty; a prompt needs at least one token")
-        if len(prompt) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
-                f"{limit} positions: shorten it or lower max_new_tokens"
-            )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
-    results: dict[int, Generated] = {}
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = _generate_batch(model, make_policy(), [prompts[i] for i in chosen], max_new_tokens, end_id)
-        results.update(zip(chosen, batch, strict=True))
-    return [results[i] for i in range(len(prompts))]
+    wanted = [Prompt(index, list(ids)) for index, ids in enumerate(prompts)]
+    for prompt in wanted:
+        if problem := unfit(prompt, max_new_tokens, model):
+            raise ValueError(problem)
+    settings = Settings(max_new_tokens, min(batch_size, len(prompts)))
+    engine = Engine(model.dms_retrofit, make_policy(), settings, SamplingConfig(), [end_id])
+    results = {found.problem: found for found in engine.run(wanted)}
+    for found in results.values():
+        if found.error:
+            raise ValueError(f"prompt {found.problem}: {found.error}")
+    return [results[index] for index in range(len(prompts))]
 
 
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,46 +428,3 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
         ids[index, longest - len(row) :] = torch.as_tensor(row, device=device)
         mask[index, longest - len(row) :] = 1
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def _generate_batch(
-    model: PreTrainedModel, policy: Policy, prompts: list[list[int]], max_new_tokens: int, end_id: int
-) -> list[Generated]:
-    device = next(model.parameters()).device
-    ids, mask, positions = left_padded(prompts, device)
-    cache, meter = MaskedCache(policy), Meter(len(prompts))
-    active = list(range(len(prompts)))
-    texts: list[list[int]] = [[] for _ in prompts]
-    reasons = ["length"] * len(prompts)
-    for step in range(max_new_tokens):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        meter.step(cache.live_slots(), active, prefill=step == 0)
-        tokens = output.logits[:, -1].argmax(-1)
-        stay = []
-        for slot, (request, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            texts[request].append(token)
-            if token == end_id:
-                reasons[request] = "eos"
-            else:
-                stay.append(slot)
-        if not stay:
-            break
-        if len(stay) < len(active):
-            keep = torch.tensor(stay, device=device)
-            cache.batch_select_indices(keep)
-            mask, tokens, positions = mask[keep], tokens[keep], positions[keep]
-            active = [active[slot] for slot in stay]
-        ids = tokens[:, None]
-        mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        positions = positions[:, -1:] + 1
-    # The last token generated never went through the model.
-    lengths = [len(prompt) + len(text) - 1 for prompt, text in zip(prompts, texts, strict=True)]
-    usage = meter.requests(lengths, [len(text) for text in texts])
-    return [Generated(*parts) for parts in zip(texts, reasons, usage, strict=True)]

@@ -1,5 +1,6 @@
 """Batched decoding with hard decisions equals decoding alone, and counts what it says."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,9 +11,10 @@ from dms_lab import eviction
 from dms_lab.attachment import retrofit
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.evaluation import hard
-from dms_lab.generation import generate_greedy
-from dms_lab.policies import FullPolicy, StreamingLLMPolicy, TovaPolicy
+from dms_lab.generation import Engine, Prompt, Settings, generate_greedy
+from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.dms import DmsConfig
+from dms_lab.sampling import SamplingConfig
 from dms_lab.tiny.corpus import Document
 
 PROMPTS = [list(range(10, 31)), list(range(40, 49)), list(range(100, 133))]
@@ -123,3 +125,146 @@ def test_transformers_own_generate_works_on_a_masked_cache(handle):
         )
         assert out[0, len(prompt) :].tolist() == wanted.ids
         assert cache.live_slots().float().mean().item() == pytest.approx(wanted.usage.live_tokens)
+
+
+# -- the engine: refill, preemption, seeds -----------------------------------------------------------------------------
+SAMPLED = SamplingConfig(temperature=0.8, top_p=0.95, seed=3)
+MANY = [Prompt(f"p{i}", ids, chain) for i, ids in enumerate([*PROMPTS, list(range(200, 260))]) for chain in range(3)]
+RULES = {
+    "dms": None,
+    "full": FullPolicy,
+    "tova": lambda: TovaPolicy(12),
+    "h2o": lambda: H2OPolicy(12),
+    "random": lambda: RandomPolicy(12),
+    "streaming_llm": lambda: StreamingLLMPolicy(12),
+}
+
+
+def chains(handle, prompts=MANY, make=None, sampling=SAMPLED, eos=(3,), tokenizer=None, **changes):
+    """Runs prompts; every page is free at the end."""
+    settings = Settings(**({"max_new_tokens": 24, "page_size": 4, "prefill_chunk": 16, "places": 4} | changes))
+    engine = Engine(handle, (make or handle.policy)(), settings, sampling, eos, tokenizer)
+    found = {(g.problem, g.chain): g for g in engine.run(prompts)}
+    assert engine.cache.pool is None or engine.cache.pool.count_free() == engine.cache.pool.num_pages
+    return found
+
+
+def tokens(found):
+    return {key: (g.ids, g.finish_reason) for key, g in found.items()}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_deterministic_chains_depend_on_nothing_but_themselves(handle, name):
+    alone = chains(handle, make=RULES[name], deterministic=True)
+    assert len({tuple(g.ids) for g in alone.values()}) > 8  # the seeds differ
+    tight = {"full": 130, "dms": 90}.get(name, 52)
+    other = chains(handle, MANY[::-1], RULES[name], deterministic=True, num_pages=tight)
+    assert sum(g.preemptions for g in other.values()) > 0
+    assert tokens(other) == tokens(alone)
+    some = chains(handle, MANY[4:6], RULES[name], deterministic=True)
+    assert tokens(some).items() <= tokens(alone).items()
+
+
+@pytest.mark.parametrize("places", [1, 3, 12])
+@pytest.mark.parametrize("num_pages", [None, 110])
+def test_chains_are_the_same_whatever_the_batch_and_the_pool(handle, places, num_pages):
+    """In float32 no near-tie occurs in these prompts."""
+    assert tokens(chains(handle, places=places, num_pages=num_pages)) == tokens(chains(handle, deterministic=True))
+
+
+def test_a_finished_chain_makes_room_and_its_neighbours_cost_the_same(handle):
+    one, many = chains(handle, places=1), chains(handle, places=4)
+    for key, g in one.items():
+        assert many[key].usage.kv_reads == pytest.approx(g.usage.kv_reads)
+        assert many[key].usage.peak_tokens == pytest.approx(g.usage.peak_tokens)
+
+
+def test_preempted_work_is_not_counted_twice(handle):
+    roomy, tight = chains(handle, make=FullPolicy), chains(handle, make=FullPolicy, num_pages=130)
+    assert sum(g.preemptions for g in tight.values()) > 0
+    for key, g in roomy.items():
+        assert tight[key].usage.kv_reads == g.usage.kv_reads
+        assert tight[key].usage.num_generated == len(g.ids)
+
+
+def test_a_problems_prompt_is_read_once_for_all_its_chains(handle):
+    sizes = []
+    hook = handle.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    chains(handle, places=2, prefill_chunk=64)
+    hook.remove()
+    assert sum(size for size in sizes if size > 1) == sum(len(p.ids) for p in MANY) // 3
+
+
+def test_bytes_are_those_of_the_pages_that_a_chain_held(handle):
+    (found,) = chains(handle, MANY[:1], FullPolicy, eos=()).values()
+    pages = 2 * 2 * -(-(len(PROMPTS[0]) + 23) // 4)  # layers, KV heads; the last token is not stored
+    slot = 2 * 8 * 4 + 4  # keys and values of 8 floats, a position
+    assert found.finish_reason == "length"
+    assert pages * 4 * slot <= found.usage.kv_bytes_peak <= pages * 4 * slot * 1.3
+
+
+def test_a_pool_too_small_for_one_chain_says_what_it_needs_and_the_others_are_answered(handle):
+    prompts = [
+        Prompt("long", list(range(10, 300))),
+        Prompt("short", [5, 6, 7]),
+        Prompt("empty", []),
+        Prompt("far", [5] * 500),
+    ]
+    found = chains(handle, prompts, FullPolicy, num_pages=40, max_new_tokens=16)
+    assert "a pool of 40 pages is too small for this sequence alone" in found["long", 0].error
+    assert f"{4 * -(-(290 + 16) // 4)} are enough in any case" in found["long", 0].error
+    assert "is empty" in found["empty", 0].error
+    assert "exceeds the model's 512 positions" in found["far", 0].error
+    assert {g.finish_reason for g in found.values()} == {"error", "length"}
+    assert tokens(found)["short", 0] == tokens(chains(handle, prompts[1:2], FullPolicy, max_new_tokens=16))["short", 0]
+
+
+def test_a_pool_that_runs_out_in_the_middle_of_the_only_chain_ends_it_with_a_sentence(handle):
+    found = chains(handle, [Prompt("a", list(range(10, 26)))], FullPolicy, eos=(), num_pages=18, max_new_tokens=40)
+    assert found["a", 0].finish_reason == "error"
+    assert "too small for this sequence alone" in found["a", 0].error
+    assert 0 < len(found["a", 0].ids) < 40
+
+
+def test_logits_that_are_not_finite_end_their_chain_alone(handle):
+    head, calls = handle.model.get_output_embeddings(), []
+
+    def poison(module, args, output):
+        calls.append(output.shape[0])
+        if len(calls) == 9 and output.shape[0] == 4:
+            output[1] = float("nan")
+        return output
+
+    wanted = tokens(chains(handle, eos=()))
+    hook = head.register_forward_hook(poison)
+    found = chains(handle, eos=())
+    hook.remove()
+    bad = [key for key, g in found.items() if g.error]
+    assert len(bad) == 1
+    assert "not finite" in found[bad[0]].error
+    assert {k: v for k, v in tokens(found).items() if k not in bad} == {k: v for k, v in wanted.items() if k not in bad}
+
+
+def test_stop_ids_end_a_chain_and_the_first_token_is_timed(handle):
+    plain = chains(handle, MANY[:1], eos=())[("p0", 0)]
+    stop = plain.ids[5]
+    found = chains(handle, MANY[:1], sampling=dataclasses.replace(SAMPLED, stop_ids=(stop,)), eos=())[("p0", 0)]
+    assert found.finish_reason == "stop"
+    assert found.ids == plain.ids[: plain.ids.index(stop) + 1]
+    assert 0 < found.seconds_to_first_token < 60
+
+
+def test_an_abandoned_run_leaves_an_empty_engine(handle):
+    engine = Engine(handle, handle.policy(), Settings(8, places=2, page_size=4), SAMPLED, [3])
+    next(engine.run(MANY))
+    again = {(g.problem, g.chain): g for g in engine.run(MANY[:3])}
+    assert tokens(again) == tokens(chains(handle, MANY[:3], max_new_tokens=8))
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(ValueError, match="places=0 must be at least 1"):
+        Settings(places=0)
+    with pytest.raises(ValueError, match="share of the pool"):
+        Settings(reserve=1.0)

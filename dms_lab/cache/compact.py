@@ -8,6 +8,7 @@ Every (sequence, layer, KV head) has a length of its own, in pages of one pool. 
 are the same path; held are the live slots and at most one piece. Equal to `cache.masked`, which frees nothing.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from dms_lab.attention.paged import Chunk, Slots, attend_chunk, decode
-from dms_lab.cache.pages import PagePool
+from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import Policy, PolicyCache, RankedRule, Ranking, Scores, WindowedRule, choose_victim
 from dms_lab.cache.slots import SlotTable
 from dms_lab.cache.storage import FORMATS
@@ -28,6 +29,21 @@ class Compression:
     eviction: float
     storage: float
     together: float
+
+
+def _plain(function):
+    """`function` without gradients, on tensors that any later call may change, in whatever mode it is called.
+
+    What inference mode makes can be changed in inference mode alone, and a prompt may be read in one mode, continued in
+    another.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
 
 
 class CompactLayer(CacheLayerMixin):
@@ -56,6 +72,7 @@ class CompactLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    @_plain
     def reset(self) -> None:
         if self.slots is not None:
             self.slots.release(torch.arange(self.slots.length.shape[0], device=self.slots.length.device))
@@ -70,16 +87,19 @@ class CompactLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
+    @_plain
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.slots is not None:
             self.slots.select(indices.to(self.slots.length.device))
 
+    @_plain
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.slots is not None:
             rows = torch.arange(self.slots.length.shape[0], device=self.slots.length.device)
             self.slots.select(rows.repeat_interleave(repeats))
 
     # -- attention ---------------------------------------------------------------------------------------------------
+    @_plain
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, logit: Tensor | None, real: Tensor | None):
         """Attention [B, H, Q, D] of new tokens, of which `real` [B, Q] (None: all), and their storing."""
         cache, batch, num_columns = self.cache, query.shape[0], query.shape[2]
@@ -242,6 +262,7 @@ class CompactCache(PolicyCache):
             self.layers.append(CompactLayer(self, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states)
 
+    @_plain
     def crop(self, tokens_to_remove: int) -> None:
         """Forgets the last tokens (a negative count), in all layers or in none; `ValueError` if slots were freed since."""
         if tokens_to_remove > 0:
@@ -286,8 +307,7 @@ class CompactCache(PolicyCache):
     ) -> Tensor:
         self._check(layer_idx, query, key, value)
         real = None if document is None else document[:, -query.shape[2] :] >= 0
-        with torch.inference_mode(False), torch.no_grad():
-            output = self.layers[layer_idx].attend(query, key, value, scores, evict_logit, real)
+        output = self.layers[layer_idx].attend(query, key, value, scores, evict_logit, real)
         return _NoBackward.apply(query, output) if torch.is_grad_enabled() and query.requires_grad else output
 
     def _check(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -308,6 +328,24 @@ class CompactCache(PolicyCache):
                     f"{key.shape[0]} with {key.shape[1]}; continue the same sequences, or make a new CompactCache"
                 )
 
+    @_plain
+    def release(self, rows: Tensor) -> None:
+        """Makes the places `rows` [n] empty and gives their pages back at once."""
+        for layer in self.layers:
+            if layer.slots is not None:
+                layer.slots.release(rows)
+
+    @_plain
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Makes the empty places `target` [n] hold what `source` [n] do. Raises `PoolExhausted`, then nothing is held."""
+        for done, layer in enumerate(self.layers):
+            try:
+                layer.slots.copy(source, target)
+            except PoolExhausted:
+                for other in self.layers[:done]:
+                    other.slots.release(target)
+                raise
+
     # -- accounting --------------------------------------------------------------------------------------------------
     def live_slots(self) -> Tensor:
         lengths = []
@@ -316,11 +354,19 @@ class CompactCache(PolicyCache):
             lengths.append(layer.slots.get("length"))
         return torch.stack(lengths, dim=1)
 
+    def read_slots(self) -> Tensor:
+        """Slots that the newest query attended to, [B, L, K]."""
+        return self.live_slots()
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the tables: who sits where."""
+        return sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None)
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all pages and tables, as the allocator sees them."""
-        tables = sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None)
-        return tables + (0 if self.pool is None else self.pool.allocated_bytes)
+        return self.table_bytes + (0 if self.pool is None else self.pool.allocated_bytes)
 
     def compression(self) -> Compression:
         """What this cache saves now, over all its sequences: by eviction, by storage, and both in allocated bytes."""

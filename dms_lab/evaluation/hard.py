@@ -73,7 +73,7 @@ def evaluate_tasks(
             batch_size=batch_size,
         )
         right = sum(is_right(g, p, tokenizer) for g, p in zip(generated, found, strict=True))
-        usage = accounting.usage([g.usage for g in generated], bytes_per_token(handle))
+        usage = accounting.usage(g.usage for g in generated)
         live.append(usage.live_tokens)
         low, high = pareto.wilson_interval(right, len(found))
         results.append(
@@ -94,14 +94,6 @@ def evaluate_tasks(
             )
         )
     return results, sum(live) / len(live)
-
-
-def bytes_per_token(handle: Retrofit) -> int:
-    """Bytes of keys and values of one token over all layers and KV heads."""
-    config = handle.model.config.get_text_config()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    element = next(handle.model.parameters()).element_size()
-    return accounting.slot_bytes(config.num_hidden_layers, config.num_key_value_heads, width, element)
 
 
 @torch.inference_mode()
