@@ -25,6 +25,8 @@ from dms_lab.cache.policy import Policy
 from dms_lab.sampling import ChainGenerator, Sampler, SamplingConfig, StopRule, chain_generator
 from dms_lab.structure import output_head
 
+_WAVE_TOKENS = 16384  # of prompts that are prefilled together, padding included
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -123,10 +125,11 @@ class Engine:
             chunk=settings.prefill_chunk,
             apart=settings.deterministic,
         )
-        self._template: tuple[int | str, Tensor] | None = None  # the problem in the last place, logits after its prompt
+        self._template: tuple[tuple, Tensor] | None = None  # the prompt in the last place, and the logits after it
         self._waiting: deque[_Chain] = deque()
         self._active: dict[int, _Chain] = {}
         self._num_admitted = 0
+        self._at_once = _WAVE_TOKENS
         self._on_token: Callable[[Prompt, list[int]], None] | None = None
 
     @torch.no_grad()
@@ -152,95 +155,148 @@ class Engine:
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def _admit(self) -> Iterator[Generated]:
-        while self._waiting and len(self._active) < self.settings.places and self._has_room(self._waiting[0]):
-            chain = self._waiting.popleft()
+        while self._waiting:
+            wave = yield from self._next_wave()
+            if not wave:
+                return
+            try:
+                logits = self._prefilled(wave)
+            except PoolExhausted as exhausted:
+                yield from self._no_room(wave, exhausted)
+                if self._active:
+                    return
+            else:
+                self._at_once = _WAVE_TOKENS
+                yield from self._begin(wave, logits)
+
+    def _next_wave(self) -> Iterator[Generated]:
+        """Takes the chains that are to be prefilled together from waiting; one whose prompt is shared goes alone."""
+        wave: list[_Chain] = []
+        places = sorted(set(range(self.settings.places)) - set(self._active))
+        while self._waiting and places and self._has_room([*wave, self._waiting[0]]):
+            chain = self._waiting[0]
+            alone = self.settings.deterministic or self._shares_prompt(chain)
+            longest = max(len(c.known) for c in [*wave, chain])
+            if wave and (alone or longest * (len(wave) + 1) > self._at_once):
+                break
+            self._waiting.popleft()
             problem = unfit(chain.prompt, self.settings.max_new_tokens, self.model)
             if problem:
                 yield self._ended(chain, "error", problem)
                 continue
-            chain.place = min(set(range(self.settings.places)) - set(self._active))
-            chain.admitted_at = time.monotonic()
-            try:
-                logits = self._prefilled(chain)
-            except PoolExhausted as exhausted:
-                yield from self._no_room(chain, exhausted)
+            chain.place, chain.admitted_at = places.pop(0), time.monotonic()
+            wave.append(chain)
+            if alone:
                 break
+        return wave
+
+    def _begin(self, wave: list[_Chain], logits: Tensor) -> Iterator[Generated]:
+        """Makes prefilled chains active and draws their next tokens."""
+        held = self._held([chain.place for chain in wave])
+        ready = []
+        for row, (chain, mine) in enumerate(zip(wave, held, strict=True)):
             self._active[chain.place] = chain
             self._num_admitted += 1
-            chain.order = self._num_admitted
-            held = self._held([chain.place])[0]
+            chain.order, chain.next = self._num_admitted, 0
             if self.settings.deterministic and chain.ids:
-                chain.next = 0  # what it said goes through the same decode steps again
-                continue
+                continue  # what it said goes through the same decode steps again
             # A chain that begins anew took its newest token in with the others: that stands for the step it missed.
-            self._note(chain, held, prefill=not chain.ids)
+            self._note(chain, mine, prefill=not chain.ids)
             chain.next = len(chain.ids)
-            yield from self._choose([chain], logits)
+            ready.append(row)
+        if ready:
+            yield from self._choose([wave[row] for row in ready], logits[ready])
 
-    def _has_room(self, chain: _Chain) -> bool:
-        """Whether the pages that a chain held, or that its prompt would take uncompressed, are free beside the reserve."""
-        pool = self.cache.pool
-        if pool is None or pool.grows or not self._active:
+    def _shares_prompt(self, chain: _Chain) -> bool:
+        """Whether a chain's prompt is in the last place, or the next one waiting has the same."""
+        if not self._is_fresh(chain):
+            return False
+        name = (chain.prompt.problem, tuple(chain.prompt.ids))
+        if self._template is not None and self._template[0] == name:
             return True
-        rows = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
-        wanted = chain.pages or rows * -(-len(chain.known) // pool.page_size)
+        return self._is_followed(chain, 1)
+
+    def _is_followed(self, chain: _Chain, index: int) -> bool:
+        """Whether the chain at `index` of those waiting has the same prompt."""
+        other = self._waiting[index].prompt if len(self._waiting) > index else None
+        return other is not None and (other.problem, other.ids) == (chain.prompt.problem, chain.prompt.ids)
+
+    def _is_fresh(self, chain: _Chain) -> bool:
+        return self.settings.deterministic or not chain.ids
+
+    def _has_room(self, chains: list[_Chain]) -> bool:
+        """Whether the pages that chains held, or that their prompts take uncompressed, are free beside the reserve."""
+        pool = self.cache.pool
+        if pool is None or pool.grows or not (self._active or chains[1:]):
+            return True
+        wanted = sum(chain.pages or self._pages_of(len(chain.known)) for chain in chains)
         return pool.count_free() >= wanted + self.settings.reserve * pool.num_pages
 
-    def _no_room(self, chain: _Chain, exhausted: PoolExhausted) -> Iterator[Generated]:
-        """A prompt did not fit: it waits while others run, and is refused when it had the pool to itself."""
-        held = self._pages([chain.place])[0]
-        self._release([chain.place])
-        if self._template is not None:
-            self._drop_template()
-            self._waiting.appendleft(chain)
-        elif self._active:
-            chain.pages = held + exhausted.needed
-            self._waiting.appendleft(chain)
-        else:
-            yield self._ended(chain, "error", self._too_small(chain, held + exhausted.needed))
+    def _pages_of(self, num_tokens: int) -> int:
+        """Pages of a sequence of which nothing is evicted."""
+        heads = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
+        return heads * -(-num_tokens // self.settings.page_size)
+
+    def _no_room(self, wave: list[_Chain], exhausted: PoolExhausted) -> Iterator[Generated]:
+        """Prompts did not fit: they wait while others run, and one that had the pool to itself is refused."""
+        places = [chain.place for chain in wave]
+        held = sum(self._pages([*places, self.settings.places]))
+        self._release(places)
+        had_company = self._active or self._template is not None or len(wave) > 1
+        self._drop_template()
+        self.cache.release(self._rows([self.settings.places]))
+        self._at_once = 0  # one by one, until one fits
+        if not had_company:
+            yield self._ended(wave[0], "error", self._too_small(wave[0], held + exhausted.needed))
+            return
+        if self._active and len(wave) == 1:
+            wave[0].pages = held + exhausted.needed
+        self._waiting.extendleft(reversed(wave))
 
     def _too_small(self, chain: _Chain, needed: int) -> str:
-        rows = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
-        most = rows * -(-(len(chain.prompt.ids) + self.settings.max_new_tokens) // self.settings.page_size)
+        most = self._pages_of(len(chain.prompt.ids) + self.settings.max_new_tokens)
         return (
             f"a pool of {self.settings.num_pages} pages is too small for this sequence alone: within {len(chain.known)} "
             f"tokens it needs {needed}; {most} are enough in any case ({self.settings.page_size} slots each)"
         )
 
     # -- prefill -----------------------------------------------------------------------------------------------------
-    def _prefilled(self, chain: _Chain) -> Tensor:
-        """Puts a chain's tokens into its place; logits [1, V] after them. Chains of one problem share their forward."""
-        fresh = self.settings.deterministic or not chain.ids
-        mine = chain.prompt
-        shared = fresh and any(c.prompt.problem == mine.problem and c.prompt.ids == mine.ids for c in self._waiting)
-        if fresh and self._template is not None and self._template[0] == (mine.problem, tuple(mine.ids)):
-            logits = self._template[1]
-        elif shared:
+    def _prefilled(self, wave: list[_Chain]) -> Tensor:
+        """Puts the tokens of chains into their places; logits [n, V] after them."""
+        chain = wave[0]
+        if len(wave) > 1 or not self._is_fresh(chain):
+            return self._forward_prompts([c.known for c in wave], [c.place for c in wave])
+        last, name = self.settings.places, (chain.prompt.problem, tuple(chain.prompt.ids))
+        is_shared = self._is_followed(chain, 0)
+        if self._template is None or self._template[0] != name:
+            if not is_shared:
+                return self._forward_prompts([chain.prompt.ids], [chain.place])
             self._drop_template()
-            logits = self._forward_prompt(mine.ids, self.settings.places)
-            self._template = ((mine.problem, tuple(mine.ids)), logits)
-        else:
-            return self._forward_prompt(mine.ids if fresh else chain.known, chain.place)
-        self.cache.copy(self._rows([self.settings.places]), self._rows([chain.place]))
-        if not shared:
+            self._template = (name, self._forward_prompts([chain.prompt.ids], [last]))
+        logits = self._template[1]
+        self.cache.copy(self._rows([last]), self._rows([chain.place]))
+        if not is_shared:
             self._drop_template()
         return logits
 
-    def _forward_prompt(self, ids: list[int], place: int) -> Tensor:
-        size, hidden, real = self.settings.prefill_chunk, None, None
-        try:
-            for start in range(0, len(ids), size):
-                chunk = ids[start : start + size]
-                count = len(chunk)
-                if self.settings.deterministic:
-                    real = torch.arange(size, device=self.device)[None] < count
-                    chunk = chunk + [0] * (size - count)
-                positions = torch.arange(start, start + len(chunk), device=self.device).clamp(max=start + count - 1)
-                hidden = self._forward(torch.tensor([chunk], device=self.device), positions[None], [place], real)
-        except PoolExhausted:
-            self.cache.release(self._rows([place]))
-            raise
-        return self.head(hidden[:, count - 1])
+    def _forward_prompts(self, prompts: list[list[int]], places: list[int]) -> Tensor:
+        """Chunk by chunk, those that go on; logits [n, V] after the last token of each."""
+        size, logits = self.settings.prefill_chunk, {}
+        for start in range(0, max(map(len, prompts)), size):
+            rows = [row for row, ids in enumerate(prompts) if len(ids) > start]
+            chunks = [prompts[row][start : start + size] for row in rows]
+            counts = torch.tensor([len(chunk) for chunk in chunks])
+            width = size if self.settings.deterministic else max(map(len, chunks))
+            ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
+            column = torch.arange(width)
+            real = column < counts[:, None]
+            positions = (start + torch.minimum(column, counts[:, None] - 1)).to(self.device)
+            is_even = bool(real.all()) and not self.settings.deterministic
+            hidden = self._forward(ids, positions, [places[row] for row in rows], None if is_even else real.to(self.device))
+            for index, row in enumerate(rows):
+                if len(prompts[row]) <= start + size:
+                    logits[row] = self.head(hidden[index : index + 1, counts[index] - 1])
+        return torch.cat([logits[row] for row in range(len(prompts))])
 
     def _forward(self, ids: Tensor, positions: Tensor, places: Sequence[int], real: Tensor | None) -> Tensor:
         """Last hidden states [R, C, hidden] of new tokens [R, C] for the sequences in `places`."""
