@@ -140,7 +140,7 @@ class Engine:
 
         `on_token` is called with a chain's prompt and ids after each new token.
         """
-        self._on_token = on_token
+        self._on_token, self._started, self._num_generated = on_token, time.monotonic(), 0
         self._waiting.extend(
             _Chain(p, chain_generator(self.sampling.seed, p.problem, p.chain), self.sampler.stop_rule()) for p in prompts
         )
@@ -152,6 +152,11 @@ class Engine:
             self._waiting.clear()
             self._release([*self._active])
             self._drop_template()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all chains of the newest run so far, by the time since it began."""
+        return self._num_generated / max(1e-9, time.monotonic() - self._started)
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def _admit(self) -> Iterator[Generated]:
@@ -374,6 +379,7 @@ class Engine:
                 yield self._ended(chain, "error", sentence)
                 continue
             chain.ids.append(token)
+            self._num_generated += 1
             if chain.first_token_after is None:
                 chain.first_token_after = time.monotonic() - chain.admitted_at
             if self._on_token is not None:
@@ -447,6 +453,13 @@ def unfit(prompt: Prompt, max_new_tokens: int, model: PreTrainedModel) -> str | 
             f"model's {limit} positions: shorten it or lower max_new_tokens"
         )
     return None
+
+
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a sequence, of the model's generation configuration and of the tokenizer."""
+    ids = model.generation_config.eos_token_id
+    found = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id}
+    return sorted(found - {None})
 
 
 def generate_greedy(

@@ -9,8 +9,8 @@ LAYERS = [
     {"attention", "cache"},
     {"policies"},
     {"structure", "lora", "attention_function", "attachment", "checkpoint", "tiny", "generation", "sampling", "models"},
-    {"training", "evaluation", "results", "plots", "tracking", "terminal"},
-    {"train", "evaluate", "demo", "pretrain", "preview"},
+    {"training", "evaluation", "results", "plots", "tracking", "terminal", "answers"},
+    {"train", "evaluate", "demo", "pretrain", "preview", "generate"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

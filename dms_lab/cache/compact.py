@@ -179,7 +179,8 @@ class CompactLayer(CacheLayerMixin):
         """Adds a chunk's attention to the slots' totals; nothing was evicted, so new tokens stand at the end."""
         pool, size = self.cache.pool, in_use.shape[2]
         is_query = torch.arange(weights.shape[2], device=weights.device) < count[:, None]
-        received = (weights * is_query[:, None, :, None]).sum(2).view(*in_use.shape[:2], -1, weights.shape[3]).sum(2)
+        received = (weights.float() * is_query[:, None, :, None]).sum(2)
+        received = received.view(*in_use.shape[:2], -1, weights.shape[3]).sum(2)
         pool.weight.view(-1)[address] += received[:, :, :size][in_use]
         length = self.slots.get("length")
         slot = torch.arange(weights.shape[2], device=weights.device) + length[:, :, None] - count[:, None, None]
@@ -210,6 +211,8 @@ class CompactLayer(CacheLayerMixin):
         """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""
         slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
         address, position, in_use = slots.past()
+        if not in_use.shape[2]:  # padding before any token
+            return
         is_token = torch.ones_like(now, dtype=torch.bool) if real is None else real
         total = weights.view(*in_use.shape[:2], -1, in_use.shape[2]).sum(2)
         if pool.weight is not None:
@@ -368,19 +371,29 @@ class CompactCache(PolicyCache):
         """Bytes of all pages and tables, as the allocator sees them."""
         return self.table_bytes + (0 if self.pool is None else self.pool.allocated_bytes)
 
+    @property
+    def storage_factor(self) -> float:
+        """Bytes of a slot's keys and values in the model's dtype, by the bytes stored of them, scales included."""
+        pool = self.pool
+        stored = sum(s.data.element_size() * s.width for s in (pool.key, pool.value))
+        stored += 0 if pool.key.scale is None else 8 / pool.page_size
+        return (pool.key.width + pool.value.width) * self._element_bytes / stored
+
+    @property
+    def plain_bytes_per_token(self) -> int:
+        """Bytes of a token's keys and values over all layers and heads, uncompressed, in the model's dtype."""
+        heads = sum(layer.slots.length.shape[1] for layer in self.layers)
+        return heads * (self.pool.key.width + self.pool.value.width) * self._element_bytes
+
     def compression(self) -> Compression:
         """What this cache saves now, over all its sequences: by eviction, by storage, and both in allocated bytes."""
         seen = torch.stack([layer.slots.seen for layer in self.layers], 1).double()
         live = torch.stack([layer.slots.length for layer in self.layers], 1).double()
-        pool = self.pool
-        plain = (pool.key.width + pool.value.width) * self._element_bytes
-        stored = sum(s.data.element_size() * s.width for s in (pool.key, pool.value))
-        stored += 0 if pool.key.scale is None else 8 / pool.page_size
-        full_bytes = float(seen.sum()) * live.shape[2] * plain
+        tokens = float(seen.sum()) / len(self.layers)
         return Compression(
-            float(seen.sum()) * live.shape[2] / max(1.0, float(live.sum())),
-            plain / stored,
-            full_bytes / max(1, self.allocated_bytes),
+            tokens * live[0].numel() / max(1.0, float(live.sum())),
+            self.storage_factor,
+            tokens * self.plain_bytes_per_token / max(1, self.allocated_bytes),
         )
 
 
