@@ -110,6 +110,7 @@ def attend_chunk(
     new_key, new_value = (x.flatten(0, 1) for x in (chunk.key, chunk.value))
     for first, last, size, _, scratch in _groups(slots, num_queries):
         key, value = new_key[first:last], new_value[first:last]
+        size = min(size, chunk.past_position.shape[2])  # a table may be wider than what its heads hold
         if size:
             past = slots.gather(first, last, size, scratch)
             key, value = (torch.cat([p, x], 1) for p, x in zip(past, (key, value), strict=True))
