@@ -50,10 +50,13 @@ def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = Fal
     batch, num_heads, _, width = query.shape
     num_kv_heads = slots.length.shape[1]
     if want_weights or scores.softcap is not None or scores.sinks is not None:
-        size = max(1, int(slots.length.max()))
-        key, value = (x.reshape(batch, num_kv_heads, size, -1) for x in slots.gather(0, batch * num_kv_heads, size))
-        used = (torch.arange(size, device=key.device) < slots.length[:, :, None])[:, :, None]
-        output, weights = _dense(query, key, value, used, scores)
+        parts = []
+        for mine, rows, size in _sequences(slots):
+            size = max(1, size)
+            key, value = (x.view(-1, num_kv_heads, *x.shape[1:]) for x in slots.gather(*rows, size))
+            used = (torch.arange(size, device=key.device) < slots.length[mine, :, None])[:, :, None]
+            parts.append(_dense(query[mine], key, value, used, scores))
+        output, weights = _joined(parts, 0)
         return output, weights[:, :, 0]
     rows = query.reshape(batch * num_kv_heads, 1, -1, width)
     output = query.new_zeros(rows.shape[0], 1, rows.shape[2], slots.pool.value.width)
@@ -97,13 +100,15 @@ def attend_chunk(
     num_kv_heads = chunk.key.shape[1]
     num_rows = batch * num_kv_heads
     if want_weights or scores.softcap is not None or scores.sinks is not None:
-        size = chunk.past_position.shape[2]
-        visible = _visible(chunk, slots, 0, num_rows, size, scores).view(batch, num_kv_heads, num_queries, -1)
-        key, value = chunk.key, chunk.value
-        if size:
-            past = (x.reshape(batch, num_kv_heads, size, -1) for x in slots.gather(0, num_rows, size))
-            key, value = (torch.cat([p, x], 2) for p, x in zip(past, (key, value), strict=True))
-        return _dense(query, key, value, visible, scores)
+        parts = []
+        for mine, rows, size in _sequences(slots):
+            visible = _visible(chunk, slots, *rows, size, scores).view(-1, num_kv_heads, num_queries, size + num_queries)
+            key, value = chunk.key[mine], chunk.value[mine]
+            if size:
+                past = (x.view(-1, num_kv_heads, *x.shape[1:]) for x in slots.gather(*rows, size))
+                key, value = (torch.cat([p, x], 2) for p, x in zip(past, (key, value), strict=True))
+            parts.append(_dense(query[mine], key, value, visible, scores))
+        return _joined(parts, num_queries)
     group = num_heads // num_kv_heads
     rows = query.reshape(num_rows, group, num_queries, width)
     output = query.new_empty(num_rows, group, num_queries, chunk.value.shape[-1])
@@ -147,19 +152,38 @@ def _groups(slots: Slots, num_queries: int):
     if slots.length.device.type != "cpu":
         yield 0, num_rows, slots.table.shape[2] * page_size, False, None
         return
-    lengths = slots.length.flatten().tolist()
-    longest = max(lengths)
-    pages = -(-longest // page_size)
-    fit = _GROUP_BYTES // max(1, pages * page_size * key.width * key.data.element_size())
-    fit = max(1, min(fit, _GROUP_MASK // (num_queries * (longest + num_queries)), num_rows))
-    if slots.apart:
-        fit = next(n for n in range(min(fit, num_kv_heads), 0, -1) if num_kv_heads % n == 0)
-    scratch = None
-    if key.scale is None:
-        scratch = tuple(x.data.new_empty(fit * pages, page_size, x.width) for x in (key, value))
-    for first in range(0, num_rows, fit):
-        mine = lengths[first : first + fit]
-        yield first, first + len(mine), max(mine), min(mine) == max(mine), scratch
+    span = num_kv_heads if slots.apart else num_rows
+    for start in range(0, num_rows, span):
+        lengths = slots.length.flatten()[start : start + span].tolist()
+        longest = max(lengths)
+        pages = -(-longest // page_size)
+        fit = _GROUP_BYTES // max(1, pages * page_size * key.width * key.data.element_size())
+        fit = max(1, min(fit, _GROUP_MASK // (num_queries * (longest + num_queries)), span))
+        scratch = None
+        if key.scale is None:
+            scratch = tuple(x.data.new_empty(fit * pages, page_size, x.width) for x in (key, value))
+        for first in range(0, span, fit):
+            mine = lengths[first : first + fit]
+            yield start + first, start + first + len(mine), max(mine), min(mine) == max(mine), scratch
+
+
+def _sequences(slots: Slots):
+    """(sequences, (first row, last row), slots of the longest) that the dense reference attends at once."""
+    batch, num_kv_heads = slots.length.shape
+    step = 1 if slots.apart else batch
+    for first in range(0, batch, step):
+        mine = slice(first, first + step)
+        yield mine, (first * num_kv_heads, (first + step) * num_kv_heads), int(slots.length[mine].max())
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]], num_new: int) -> tuple[Tensor, Tensor]:
+    """Outputs and weights [..., slots + new] of some sequences each as those of all: the slots are padded in number."""
+    longest = max(weights.shape[3] for _, weights in parts)
+    wide = []
+    for _, weights in parts:
+        past, new = weights.split([weights.shape[3] - num_new, num_new], 3)
+        wide.append(torch.cat([F.pad(past, (0, longest - weights.shape[3])), new], 3))
+    return torch.cat([output for output, _ in parts]), torch.cat(wide)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
