@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 KVPRESS := experiments/peers/kvpress
+DECODE_CPU := experiments/benchmarks/decode_cpu
 ARGS ?=
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-all check kvpress clean
+.PHONY: help setup demo test test-all check kvpress bench-cpu clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +42,10 @@ $(KVPRESS)/.venv/.installed: $(KVPRESS)/requirements.txt
 	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(KVPRESS)/requirements.txt
 	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $(KVPRESS)/requirements.txt
 	touch $(KVPRESS)/.venv/.installed
+
+bench-cpu: $(STAMP)  ## speed and memory of the compact cache on this CPU, an hour: see experiments/benchmarks/decode_cpu
+	set -e; for part in decode memory prefill peak; do $(BIN)/python $(DECODE_CPU)/bench.py $$part $(ARGS); done
+	$(BIN)/python $(DECODE_CPU)/table.py
 
 clean:  ## remove what the targets made, the environment included
 	rm -rf .venv $(KVPRESS)/.venv runs outputs .pytest_cache .ruff_cache .hypothesis dist
