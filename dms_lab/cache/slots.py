@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dms_lab.cache.pages import PagePool
+from dms_lab.cache.pages import PagePool, PoolExhausted
 
 _PER_ROW = ("table", "length", "seen", "ring_slot", "ring_flag", "victim", "freed_at", "tail")
 
@@ -265,17 +265,23 @@ class SlotTable:
             whole[target] = whole[source]
 
     def select(self, indices: Tensor) -> None:
-        """Keeps the sequences `indices` [n] in that order; one named twice is copied, one not named is released."""
+        """Keeps the sequences `indices` [n] in that order; one named twice is copied, one not named is released.
+
+        Raises `PoolExhausted`, and changes nothing then.
+        """
         chosen, batch = indices.tolist(), self.length.shape[0]
         again = [i for i, row in enumerate(chosen) if row in chosen[:i]]
         dropped = torch.tensor(sorted(set(range(batch)) - set(chosen)), dtype=torch.long, device=self.table.device)
         held = self._held()
+        mine = held[indices][again]
+        needed, free = int(mine.sum()), self.pool.count_free() + int(held[dropped].sum())
+        if needed > free and not self.pool.grows:
+            raise PoolExhausted(needed, free, self.pool.num_pages)
         if dropped.numel():
             self.pool.give_back(self.table[dropped], held[dropped])
         for name in _PER_ROW:
             setattr(self, name, getattr(self, name)[indices])
         if again:
-            mine = held[indices][again]
             pages = self.pool.take(mine)
             self.pool.copy_pages(self.table[again][mine], pages[mine])
             self.table[again] = pages
