@@ -29,7 +29,7 @@ CHOICES = {
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),
     "model.dtype": ("float32", "bfloat16", "float16"),
 }
-RIVALS = ("streaming_llm", "tova", "h2o", "random")
+RIVALS = ("streaming_llm", "tova", "h2o", "random", "quest")
 
 
 @dataclass(frozen=True)
@@ -356,7 +356,7 @@ class GenerateConfig:
     seed: int
     places: int
     num_pages: int | None
-    page_size: int
+    page_size: int | None
     storage: str
     prefill_chunk: int
     reserve: float

@@ -39,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Settings:
-    """How chains are run. `places` decode together; `num_pages` of `page_size` slots, None: a pool that grows.
+    """How chains are run. `places` decode together; `num_pages` of `page_size` slots as in `CompactCache`.
 
     A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free.
     """
@@ -47,14 +47,14 @@ class Settings:
     max_new_tokens: int = 1024
     places: int = 8
     num_pages: int | None = None
-    page_size: int = 32
+    page_size: int | None = None
     storage: str = "model"
     prefill_chunk: int = 256
     reserve: float = 0.05
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "places", "prefill_chunk", "page_size"):
+        for name in ("max_new_tokens", "places", "prefill_chunk"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.reserve < 1:
@@ -240,7 +240,7 @@ class Engine:
     def _pages_of(self, num_tokens: int) -> int:
         """Pages of a sequence of which nothing is evicted."""
         heads = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
-        return heads * -(-num_tokens // self.settings.page_size)
+        return heads * -(-num_tokens // self.cache.page_size)
 
     def _no_room(self, wave: list[_Chain], exhausted: PoolExhausted) -> Iterator[Generated]:
         """Prompts did not fit: they wait while others run, and one that had the pool to itself is refused."""
@@ -262,7 +262,7 @@ class Engine:
         most = self._pages_of(len(chain.prompt.ids) + self.settings.max_new_tokens)
         return (
             f"a pool of {self.settings.num_pages} pages is too small for this sequence alone: within {len(chain.known)} "
-            f"tokens it needs {needed}; {most} are enough in any case ({self.settings.page_size} slots each)"
+            f"tokens it needs {needed}; {most} are enough in any case ({self.cache.page_size} slots each)"
         )
 
     # -- prefill -----------------------------------------------------------------------------------------------------
@@ -424,15 +424,15 @@ class Engine:
 
     def _pages(self, places: list[int]) -> list[int]:
         """Pages that the sequences in `places` hold."""
-        return (-(-self._lengths(places) // self.settings.page_size)).sum((1, 2)).tolist()
+        return (-(-self._lengths(places) // self.cache.page_size)).sum((1, 2)).tolist()
 
     def _most_new_pages(self, places: list[int]) -> int:
-        return int((self._lengths(places) % self.settings.page_size == 0).sum())
+        return int((self._lengths(places) % self.cache.page_size == 0).sum())
 
     def _held(self, places: list[int]) -> list[tuple[float, float, int]]:
         """Of each sequence: live slots and slots read in a step, mean over layers and heads, and bytes."""
         live, read = self._lengths(places), self.cache.read_slots()
-        pages = (-(-live // self.settings.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
+        pages = (-(-live // self.cache.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
         tables = self.cache.table_bytes // (self.settings.places + 1)
         counts = (live.double().mean((1, 2)), read.double().mean((1, 2)), pages + tables)
         return list(zip(*(x.tolist() for x in counts), strict=True))

@@ -12,7 +12,15 @@ from dms_lab.attachment import retrofit
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.evaluation import hard
 from dms_lab.generation import Engine, Prompt, Settings, generate_greedy
-from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
+from dms_lab.policies import (
+    FullPolicy,
+    H2OPolicy,
+    OffloadPolicy,
+    QuestPolicy,
+    RandomPolicy,
+    StreamingLLMPolicy,
+    TovaPolicy,
+)
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.sampling import SamplingConfig
 from dms_lab.tiny.corpus import Document
@@ -137,6 +145,8 @@ RULES = {
     "h2o": lambda: H2OPolicy(12),
     "random": lambda: RandomPolicy(12),
     "streaming_llm": lambda: StreamingLLMPolicy(12),
+    "quest": lambda: QuestPolicy(12, block=4, dense_layers=1),
+    "offload": lambda: OffloadPolicy(12),
 }
 
 
@@ -157,7 +167,7 @@ def tokens(found):
 def test_deterministic_chains_depend_on_nothing_but_themselves(handle, name):
     alone = chains(handle, make=RULES[name], deterministic=True)
     assert len({tuple(g.ids) for g in alone.values()}) > 8  # the seeds differ
-    tight = {"full": 130, "dms": 90}.get(name, 52)
+    tight = {"full": 130, "quest": 130, "dms": 90}.get(name, 52)
     other = chains(handle, MANY[::-1], RULES[name], deterministic=True, num_pages=tight)
     assert sum(g.preemptions for g in other.values()) > 0
     assert tokens(other) == tokens(alone)

@@ -186,6 +186,18 @@ def _joined(parts: list[tuple[Tensor, Tensor]], num_new: int) -> tuple[Tensor, T
     return torch.cat([output for output, _ in parts]), torch.cat(wide)
 
 
+def dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scores: Scores) -> Tensor:
+    """Attention [B, H, Q, D] over keys [B, K, S, D] that need no gathering; `visible` [B, K, Q, S]."""
+    if scores.softcap is not None or scores.sinks is not None:
+        return _dense(query, key, value, visible, scores)[0]
+    batch, num_heads, num_queries, width = query.shape
+    rows = query.reshape(batch * key.shape[1], -1, num_queries, width)
+    key, value = (x.flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
+    mask = visible.flatten(0, 1)[:, None]
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scores.scaling)
+    return output.view(batch, num_heads, num_queries, -1)
+
+
 def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
     wide = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (query, key, value))
     output, weights = reference.attend(*wide, visible, scores.scaling, scores.softcap, scores.sinks)

@@ -9,17 +9,31 @@ are the same path; held are the live slots and at most one piece. Equal to `cach
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from dms_lab.attention.blocks import read_blocks
 from dms_lab.attention.paged import Chunk, Slots, attend_chunk, decode
 from dms_lab.cache.pages import PagePool, PoolExhausted
-from dms_lab.cache.policy import Policy, PolicyCache, RankedRule, Ranking, Scores, WindowedRule, choose_victim
+from dms_lab.cache.policy import (
+    OffloadingRule,
+    Policy,
+    PolicyCache,
+    RankedRule,
+    Ranking,
+    ReadingRule,
+    Scores,
+    WindowedRule,
+    choose_victim,
+)
 from dms_lab.cache.slots import SlotTable
 from dms_lab.cache.storage import FORMATS
+
+_PAGE_SIZE = 32  # slots: little is left empty in a head's last page, and a page is long enough to be read at full speed
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,7 @@ class CompactLayer(CacheLayerMixin):
         self.cache, self.index = cache, index
         self.slots: SlotTable | None = None
         self.columns = 0  # tokens and padding handed to this layer, as Hugging Face counts them
+        self._reads: Tensor | None = None  # tokens that the newest query of each place read, [B, K]; None: all live ones
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True
@@ -77,7 +92,7 @@ class CompactLayer(CacheLayerMixin):
         if self.slots is not None:
             self.slots.release(torch.arange(self.slots.length.shape[0], device=self.slots.length.device))
             self.cache.pool.shrink()
-        self.slots, self.columns = None, 0
+        self.slots, self._reads, self.columns = None, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove and self.slots is not None:
@@ -90,13 +105,38 @@ class CompactLayer(CacheLayerMixin):
     @_plain
     def batch_select_indices(self, indices: Tensor) -> None:
         if self.slots is not None:
-            self.slots.select(indices.to(self.slots.length.device))
+            self.select(indices.to(self.slots.length.device))
 
     @_plain
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.slots is not None:
             rows = torch.arange(self.slots.length.shape[0], device=self.slots.length.device)
-            self.slots.select(rows.repeat_interleave(repeats))
+            self.select(rows.repeat_interleave(repeats))
+
+    def note_reads(self, counts: Tensor) -> None:
+        """Notes how many tokens the rows in use read, [B, K] or [B, 1], where that is not what is live."""
+        if self._reads is None:
+            self._reads = torch.zeros_like(self.slots.length)
+        rows = slice(None) if self.slots.rows is None else self.slots.rows
+        self._reads[rows] = counts.expand(-1, self._reads.shape[1])
+
+    def reads(self) -> Tensor:
+        """Tokens that the newest query of the rows in use read, [B, K]."""
+        rows = slice(None) if self.slots.rows is None else self.slots.rows
+        return self.slots.get("length") if self._reads is None else self._reads[rows]
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices` [n] in that order."""
+        self.slots.select(indices)
+        self._reads = None if self._reads is None else self._reads[indices]
+
+    def release(self, rows: Tensor) -> None:
+        """Makes the places `rows` [n] empty."""
+        self.slots.release(rows)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Makes the empty places `target` [n] hold what `source` [n] do."""
+        self.slots.copy(source, target)
 
     # -- attention ---------------------------------------------------------------------------------------------------
     @_plain
@@ -202,7 +242,11 @@ class CompactLayer(CacheLayerMixin):
         position = now[:, None].expand(address.shape).flatten()
         pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
         ranked = isinstance(policy, RankedRule)
-        output, weights = decode(query, self._slots(), scores, want_weights=ranked)
+        held = self._slots()
+        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores):
+            held = read_blocks(query, held, policy.budget // policy.block)
+            self.note_reads(held.length)
+        output, weights = decode(query, held, scores, want_weights=ranked)
         if ranked:
             self._rank(weights, now, real, scores.sliding_window)
         return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
@@ -228,10 +272,10 @@ class CompactLayer(CacheLayerMixin):
 class CompactCache(PolicyCache):
     """A Hugging Face cache with one `policy` (of `dms_lab.policies`) for all layers, which really frees memory.
 
-    `storage`: "model" (the model's dtype), "fp8" or "int8". `num_pages` of `page_size` slots: a pool of that size, which
-    raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many sequences, of which `rows` are in use
-    at a time; None: as many as the first batch has. `chunk`: how many tokens of a prompt are attended at once. `apart`: no
-    operation of the attention mixes sequences.
+    `storage`: "model" (the model's dtype), "fp8" or "int8". `num_pages` of `page_size` slots (None: 32, or the policy's
+    block): a pool of that size, which raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many
+    sequences, of which `rows` are in use at a time; None: as many as the first batch has. `chunk`: how many tokens of a
+    prompt are attended at once. `apart`: no operation of the attention mixes sequences.
 
     Gradients do not pass through it: a backward through its output raises. Crop works while nothing was freed.
     """
@@ -242,7 +286,7 @@ class CompactCache(PolicyCache):
         self,
         policy: Policy,
         storage: str = "model",
-        page_size: int = 32,
+        page_size: int | None = None,
         num_pages: int | None = None,
         num_places: int | None = None,
         chunk: int = 256,
@@ -252,8 +296,14 @@ class CompactCache(PolicyCache):
             raise ValueError(f"storage={storage!r} is not known; choose one of {', '.join(FORMATS)}")
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1 token; 256 is usual")
+        block = policy.block if isinstance(policy, ReadingRule) else None
+        if block is not None and page_size not in (None, block):
+            raise ValueError(
+                f"page_size={page_size} is not the block of policy {policy.name}; leave it out, or give {block}"
+            )
         super().__init__(layers=[])
-        self.policy, self.storage, self.page_size, self.num_pages = policy, storage, page_size, num_pages
+        self.policy, self.storage, self.num_pages = policy, storage, num_pages
+        self.page_size = page_size or block or _PAGE_SIZE
         self.num_places, self.chunk, self.apart = num_places, chunk, apart
         self.pool: PagePool | None = None
         self.rows: Tensor | None = None
@@ -262,7 +312,7 @@ class CompactCache(PolicyCache):
     # -- Hugging Face's side -----------------------------------------------------------------------------------------
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         while len(self.layers) <= layer_idx:
-            self.layers.append(CompactLayer(self, len(self.layers)))
+            self.layers.append(self._new_layer(len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states)
 
     @_plain
@@ -270,11 +320,20 @@ class CompactCache(PolicyCache):
         """Forgets the last tokens (a negative count), in all layers or in none; `ValueError` if slots were freed since."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give a negative count of tokens to remove, as Hugging Face does")
+        if tokens_to_remove and isinstance(self.policy, ReadingRule):
+            raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: its blocks' bounds would stay wide")
         for layer in self.layers:
             if tokens_to_remove and layer.slots is not None:
                 layer.slots.check_crop(-tokens_to_remove)
         for layer in self.layers:
             layer.crop(tokens_to_remove)
+
+    def _new_layer(self, index: int) -> CompactLayer:
+        if isinstance(self.policy, OffloadingRule):
+            from dms_lab.cache.offload import OffloadingLayer
+
+            return OffloadingLayer(self, index)
+        return CompactLayer(self, index)
 
     # -- attention ---------------------------------------------------------------------------------------------------
     def new_table(self, layer_idx: int, batch: int, key: Tensor, value: Tensor, scores: Scores) -> SlotTable:
@@ -289,11 +348,14 @@ class CompactCache(PolicyCache):
                 self.num_pages,
                 self.storage,
                 isinstance(self.policy, RankedRule) and self.policy.needs_total,
+                isinstance(self.policy, ReadingRule),
             )
             self._element_bytes = key.element_size()
         window, shift = None, 0
         if isinstance(self.policy, WindowedRule):
             window = self.policy.window
+            if isinstance(self.policy, OffloadingRule) and scores.sliding_window is not None:
+                window = None  # such a layer needs no old tokens
             shift = {"self": 0, "next": 1, "delayed": window}[self.policy.decided_by]
         places = self.num_places or batch
         return SlotTable(self.pool, places, key.shape[1], window, shift, scores.sliding_window)
@@ -336,35 +398,38 @@ class CompactCache(PolicyCache):
         """Makes the places `rows` [n] empty and gives their pages back at once."""
         for layer in self.layers:
             if layer.slots is not None:
-                layer.slots.release(rows)
+                layer.release(rows)
 
     @_plain
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Makes the empty places `target` [n] hold what `source` [n] do. Raises `PoolExhausted`, then nothing is held."""
         for done, layer in enumerate(self.layers):
             try:
-                layer.slots.copy(source, target)
+                layer.copy(source, target)
             except PoolExhausted:
                 for other in self.layers[:done]:
-                    other.slots.release(target)
+                    other.release(target)
                 raise
 
     # -- accounting --------------------------------------------------------------------------------------------------
     def live_slots(self) -> Tensor:
-        lengths = []
+        return self._stacked(lambda layer: layer.slots.get("length"))
+
+    def _stacked(self, of: Callable[[CompactLayer], Tensor]) -> Tensor:
+        """Something of each layer [B, K], for the rows in use, [B, L, K]."""
         for layer in self.layers:
             layer.slots.rows = self.rows
-            lengths.append(layer.slots.get("length"))
-        return torch.stack(lengths, dim=1)
+        return torch.stack([of(layer) for layer in self.layers], dim=1)
 
     def read_slots(self) -> Tensor:
         """Slots that the newest query attended to, [B, L, K]."""
-        return self.live_slots()
+        return self._stacked(lambda layer: layer.reads())
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the tables: who sits where."""
-        return sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None)
+        """Bytes of the tables: who sits where; and of what two layers fetched from host memory, where one pages."""
+        fetched = sorted(getattr(layer, "fetched_bytes", 0) for layer in self.layers)[-2:]
+        return sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None) + sum(fetched)
 
     @property
     def allocated_bytes(self) -> int:

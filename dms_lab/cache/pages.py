@@ -27,7 +27,8 @@ class PoolExhausted(RuntimeError):
 class PagePool:
     """Pages for slots of one head width and dtype. `num_pages=None`: grows as needed.
 
-    `track_weight` adds a float32 per slot, for rules that sum up attention.
+    `track_weight` adds a float32 per slot, for rules that sum up attention; `track_bounds` the lowest and highest key of
+    each page [P, D], for rules that read a part of the pages.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class PagePool:
         num_pages: int | None = None,
         storage: str = "model",
         track_weight: bool = False,
+        track_bounds: bool = False,
     ) -> None:
         if page_size < 1:
             raise ValueError(f"page_size={page_size} must be at least 1 slot; 32 suits heads of 64 to 128")
@@ -51,6 +53,8 @@ class PagePool:
         self.value = SlotStore(storage, pages, page_size, value_width, dtype, device)
         self.position = torch.zeros(pages, page_size, dtype=torch.int32, device=device)
         self.weight = torch.zeros(pages, page_size, device=device) if track_weight else None
+        self.low = torch.full((pages, width), torch.inf, dtype=dtype, device=device) if track_bounds else None
+        self.high = None if self.low is None else -self.low
         self._free = torch.arange(pages, -1, -1, device=device)  # the last entry is for what is not given back
         self._num_free = torch.tensor(pages - 1, device=device)
         self._free[: pages - 1] = torch.arange(pages - 1, 0, -1, device=device)
@@ -75,8 +79,12 @@ class PagePool:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all pages, held or not, as the allocator sees them."""
-        rest = self.position.nbytes + (0 if self.weight is None else self.weight.nbytes)
-        return self.key.nbytes + self.value.nbytes + rest
+        return self.key.nbytes + self.value.nbytes + sum(x.nbytes for x in self._notes().values())
+
+    def _notes(self) -> dict[str, Tensor]:
+        """What is kept of each page beside keys and values, by name."""
+        found = {name: getattr(self, name) for name in ("position", "weight", "low", "high")}
+        return {name: note for name, note in found.items() if note is not None}
 
     # -- taking and giving back --------------------------------------------------------------------------------------
     def take(self, wanted: Tensor) -> Tensor:
@@ -88,6 +96,8 @@ class PagePool:
         pages = torch.where(wanted, pages, 0)
         self.key.clear(pages)
         self.value.clear(pages)
+        if self.low is not None:
+            self.low[pages.flatten()], self.high[pages.flatten()] = torch.inf, -torch.inf
         return pages
 
     def give_back(self, pages: Tensor, held: Tensor) -> None:
@@ -123,12 +133,10 @@ class PagePool:
         both = min(pages, self.position.shape[0])
         self.key.resize(pages)
         self.value.resize(pages)
-        for name in ("position", "weight"):
-            old = getattr(self, name)
-            if old is not None:
-                new = torch.zeros(pages, self.page_size, dtype=old.dtype, device=self.device)
-                new[:both] = old[:both]
-                setattr(self, name, new)
+        for name, old in self._notes().items():
+            new = torch.zeros(pages, *old.shape[1:], dtype=old.dtype, device=self.device)
+            new[:both] = old[:both]
+            setattr(self, name, new)
 
     def shrink(self) -> None:
         """Returns the memory of a growing pool to the allocator if nobody holds a page. Waits for the device."""
@@ -146,6 +154,10 @@ class PagePool:
         self.position.view(-1)[address] = position.to(torch.int32)
         if self.weight is not None:
             self.weight.view(-1)[address] = 0.0
+        if self.low is not None:
+            page = (address // self.page_size)[:, None].expand(key.shape)
+            self.low.scatter_reduce_(0, page, key, "amin")
+            self.high.scatter_reduce_(0, page, key, "amax")
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copies the slots at `source` [N] to `target` [N], no two of them the same."""
@@ -158,6 +170,5 @@ class PagePool:
         """Copies whole pages, `source` [N] to `target` [N]."""
         self.key.copy_pages(source, target)
         self.value.copy_pages(source, target)
-        self.position[target] = self.position[source]
-        if self.weight is not None:
-            self.weight[target] = self.weight[source]
+        for note in self._notes().values():
+            note[target] = note[source]

@@ -96,6 +96,22 @@ class RankedRule(ABC):
         """The rank of each column or slot, [B, K, S]; inf for what must not go. Dead ones may get anything."""
 
 
+class ReadingRule(WindowedRule):
+    """Keeps everything; a single query reads the best `budget // block` blocks of `block` tokens (`attention.blocks`)."""
+
+    block: int
+    budget: int
+    dense_layers: int
+
+    def selects(self, layer: int, scores: Scores) -> bool:
+        """Whether a layer reads a part only."""
+        return layer >= self.dense_layers and scores.sliding_window is None
+
+
+class OffloadingRule(WindowedRule):
+    """Keeps everything; what is older than the window is kept in host memory (see `cache.offload`)."""
+
+
 Policy = WindowedRule | RankedRule
 
 
