@@ -20,8 +20,9 @@ STYLE = {
     "tova": ("#009e73", "P", "cross", "TOVA"),
     "h2o": ("#cc79a7", "X", "x", "H2O"),
     "random": ("#999999", "*", "star", "random"),
+    "quest": ("#8c564b", "p", "pentagon", "Quest"),
 }
-OTHERS = ("#8c564b", "h", "hexagon")  # a method that has no style of its own is drawn all the same
+OTHERS = ("#555555", "h", "hexagon")  # a method that has no style of its own is drawn all the same
 BUDGETS = {"kv_reads": "KV reads per request (tokens)", "peak_tokens": "peak live tokens per request"}
 
 

@@ -108,6 +108,7 @@ def test_pretraining_leaves_a_model_that_loads_as_any_other(tmp_path):
 
 
 README = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    (make|python) ", line)]
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 RUN_BY = {
     "make demo": "CI",
     'make demo ARGS="seed=0"': "CI",
@@ -115,6 +116,12 @@ RUN_BY = {
     "python -m dms_lab.train model=qwen3_8b cr=8 window=256": "test_absent_weights_are_told_before_anything_runs",
     "python -m dms_lab.train model=tiny data=text data.path=<folder of sources>": (
         "test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out"
+    ),
+    'python -m dms_lab.generate checkpoint=runs/<run>/checkpoints/cr8 prompt="What is 17 * 23?"': (
+        "test_one_prompt_streams_and_ends_with_a_line_of_accounting"
+    ),
+    "python -m dms_lab.generate checkpoint=runs/<run>/checkpoints/cr8 prompts=<in.jsonl> out=<out.jsonl>": (
+        "test_a_file_is_answered_and_the_same_command_goes_on"
     ),
     "python -m dms_lab.evaluate checkpoint=runs/<run>": "test_train_ends_with_the_evaluation_and_evaluate_repeats_it",
     "python -m dms_lab.preview data=jsonl data.path=<chats.jsonl>": "test_preview_shows_documents_with_their_mask",
@@ -126,7 +133,7 @@ RUN_BY = {
 def test_every_command_of_the_readme_is_run(command):
     command = command.split("  #")[0].strip()
     where = RUN_BY[command]
-    assert where in globals() or re.search(rf"^{' '.join(command.split()[:2])}\b", CI, re.MULTILINE)
+    assert f"def {where}(" in TESTS or re.search(rf"^{' '.join(command.split()[:2])}\b", CI, re.MULTILINE)
 
 
 def test_absent_weights_are_told_before_anything_runs(tmp_path):
