@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_lab.attention import reference
-from dms_lab.cache.policy import LayerState, Scores
+from dms_lab.cache.policy import LayerState, Ranking, Scores
 from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.base import live_keys, visible_keys
 
@@ -129,3 +129,26 @@ def test_live_keys_are_the_visible_ones_counted(num_tokens, window, padding, sli
         for decided in (evict, None):
             seen = visible_keys(decided, window, state, query, key, sliding).sum(-1)
             assert torch.equal(live_keys(decided, window, state, num_queries, key, sliding), seen)
+
+
+def test_random_drops_every_older_token_equally_often_and_never_the_newest():
+    """One step at a budget of 6: of the 5 older tokens each goes in a fifth of the draws, whatever the order of slots."""
+    position = torch.stack([torch.randperm(6, generator=torch.Generator().manual_seed(i)) for i in range(2000)])
+    position = position[:, None].expand(-1, K, -1)
+    counts = torch.zeros(K, 6)
+    for seed in range(2):
+        for layer in range(2):
+            weights, total = torch.zeros(2000, H, 6), torch.zeros(2000, K, 6)
+            now = torch.full((2000,), 5)
+            # Rows of a batch draw alike: other rows are other steps.
+            ranks = RandomPolicy(6, seed).rank(
+                Ranking(
+                    weights, total, position + 6 * torch.arange(2000)[:, None, None], now + 6 * torch.arange(2000), layer
+                )
+            )
+            gone = position.gather(2, ranks.argmin(2, keepdim=True))[:, :, 0]
+            for head in range(K):
+                counts[head] += torch.bincount(gone[:, head], minlength=6)
+    assert counts[:, 5].sum() == 0
+    assert (counts[:, :5] - 1600).abs().max() < 5 * (8000 * 0.2 * 0.8) ** 0.5
+    assert not torch.equal(counts[0], counts[1])
