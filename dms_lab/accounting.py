@@ -58,11 +58,6 @@ class Tally:
         return Request(self.kv_reads, self.peak_tokens, self.live_tokens, num_tokens, num_generated, self.kv_bytes_peak)
 
 
-def slot_bytes(num_layers: int, num_kv_heads: int, head_dim: int, element_bytes: int) -> int:
-    """Bytes of one token's keys and values over all layers and KV heads."""
-    return 2 * num_layers * num_kv_heads * head_dim * element_bytes
-
-
 def usage(requests: Iterable[Request]) -> Usage:
     """The mean over `requests`; measured CR is the ratio of the sums. Raises `ValueError` if there is none."""
     found = list(requests)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from dms_lab.chains import Generated, Prompt
 from dms_lab.checkpoint import METADATA, WEIGHTS
 from dms_lab.config import GenerateConfig, ModelConfig
-from dms_lab.generation import Generated, Prompt
 
 # What may change between a stop and the next start without another token coming out, near-ties apart.
 _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pages", "page_size", "reserve", "threads"}

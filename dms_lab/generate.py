@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dms_lab.answers import AnswerFile
+    from dms_lab.chains import Generated, Prompt
     from dms_lab.config import GenerateConfig, ModelConfig
-    from dms_lab.generation import Engine, Generated, Prompt
+    from dms_lab.generation import Engine
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="generate")
@@ -39,7 +40,7 @@ def run(config: "GenerateConfig") -> None:
     import torch
 
     from dms_lab import answers, models
-    from dms_lab.generation import Prompt
+    from dms_lab.chains import Prompt
     from dms_lab.terminal import quiet
 
     quiet()
@@ -75,8 +76,9 @@ def build_engine(config: "GenerateConfig", model: "ModelConfig", tokenizer: "Pre
     """The engine of a configuration, weights loaded."""
     from dms_lab import models
     from dms_lab.attachment import retrofit
+    from dms_lab.chains import Settings
     from dms_lab.checkpoint import load_checkpoint
-    from dms_lab.generation import Engine, Settings, end_ids
+    from dms_lab.generation import Engine, end_ids
     from dms_lab.policies import HEURISTICS, FullPolicy
     from dms_lab.sampling import SamplingConfig
 

@@ -11,93 +11,20 @@ depend, bit for bit, on what else is in the batch. Without it, only a near-tie t
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dms_lab.accounting import Request, Tally
 from dms_lab.attachment import Retrofit
 from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PoolExhausted
 from dms_lab.cache.policy import Policy
-from dms_lab.sampling import ChainGenerator, Sampler, SamplingConfig, StopRule, chain_generator
+from dms_lab.chains import Chain, Generated, Prompt, Settings, unfit
+from dms_lab.sampling import Sampler, SamplingConfig, chain_generator
 from dms_lab.structure import output_head
 
 _WAVE_TOKENS = 16384  # of prompts that are prefilled together, padding included
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem to continue in one chain: its name, token ids, and which of its chains this is."""
-
-    problem: int | str
-    ids: list[int]
-    chain: int = 0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How chains are run. `places` decode together; `num_pages` of `page_size` slots as in `CompactCache`.
-
-    A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free.
-    """
-
-    max_new_tokens: int = 1024
-    places: int = 8
-    num_pages: int | None = None
-    page_size: int | None = None
-    storage: str = "model"
-    prefill_chunk: int = 256
-    reserve: float = 0.05
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "places", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.reserve < 1:
-            raise ValueError(f"reserve={self.reserve} is a share of the pool; use 0 to below 1, 0.05 is usual")
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answered chain.
-
-    `finish_reason`: `eos`, `stop`, `length`, or `error` with the sentence in `error`. `seconds_to_first_token` counts from
-    its admission. `preemptions`: how often it had to begin anew for want of pages; that work is not in `usage`.
-    """
-
-    ids: list[int]
-    finish_reason: str
-    usage: Request
-    problem: int | str = 0
-    chain: int = 0
-    text: str = ""
-    seconds_to_first_token: float | None = None
-    preemptions: int = 0
-    error: str | None = None
-
-
-@dataclass
-class _Chain:
-    prompt: Prompt
-    draws: ChainGenerator
-    rule: StopRule
-    ids: list[int] = field(default_factory=list)
-    tally: Tally = field(default_factory=Tally)
-    place: int = -1
-    order: int = -1  # of admission
-    next: int = 0  # how many of `ids` went through the model
-    pages: int = 0  # held when last looked
-    preemptions: int = 0
-    admitted_at: float = 0.0
-    first_token_after: float | None = None
-
-    @property
-    def known(self) -> list[int]:
-        return self.prompt.ids + self.ids
 
 
 class Engine:
@@ -126,8 +53,8 @@ class Engine:
             apart=settings.deterministic,
         )
         self._template: tuple[tuple, Tensor] | None = None  # the prompt in the last place, and the logits after it
-        self._waiting: deque[_Chain] = deque()
-        self._active: dict[int, _Chain] = {}
+        self._waiting: deque[Chain] = deque()
+        self._active: dict[int, Chain] = {}
         self._num_admitted = 0
         self._at_once = _WAVE_TOKENS
         self._on_token: Callable[[Prompt, list[int]], None] | None = None
@@ -142,7 +69,7 @@ class Engine:
         """
         self._on_token, self._started, self._num_generated = on_token, time.monotonic(), 0
         self._waiting.extend(
-            _Chain(p, chain_generator(self.sampling.seed, p.problem, p.chain), self.sampler.stop_rule()) for p in prompts
+            Chain(p, chain_generator(self.sampling.seed, p.problem, p.chain), self.sampler.stop_rule()) for p in prompts
         )
         try:
             while self._waiting or self._active:
@@ -176,7 +103,7 @@ class Engine:
 
     def _next_wave(self) -> Iterator[Generated]:
         """Takes the chains that are to be prefilled together from waiting; one whose prompt is shared goes alone."""
-        wave: list[_Chain] = []
+        wave: list[Chain] = []
         places = sorted(set(range(self.settings.places)) - set(self._active))
         while self._waiting and places and self._has_room([*wave, self._waiting[0]]):
             chain = self._waiting[0]
@@ -195,7 +122,7 @@ class Engine:
                 break
         return wave
 
-    def _begin(self, wave: list[_Chain], logits: Tensor) -> Iterator[Generated]:
+    def _begin(self, wave: list[Chain], logits: Tensor) -> Iterator[Generated]:
         """Makes prefilled chains active and draws their next tokens."""
         held = self._held([chain.place for chain in wave])
         ready = []
@@ -212,7 +139,7 @@ class Engine:
         if ready:
             yield from self._choose([wave[row] for row in ready], logits[ready])
 
-    def _shares_prompt(self, chain: _Chain) -> bool:
+    def _shares_prompt(self, chain: Chain) -> bool:
         """Whether a chain's prompt is in the last place, or the next one waiting has the same."""
         if not self._is_fresh(chain):
             return False
@@ -221,15 +148,15 @@ class Engine:
             return True
         return self._is_followed(chain, 1)
 
-    def _is_followed(self, chain: _Chain, index: int) -> bool:
+    def _is_followed(self, chain: Chain, index: int) -> bool:
         """Whether the chain at `index` of those waiting has the same prompt."""
         other = self._waiting[index].prompt if len(self._waiting) > index else None
         return other is not None and (other.problem, other.ids) == (chain.prompt.problem, chain.prompt.ids)
 
-    def _is_fresh(self, chain: _Chain) -> bool:
+    def _is_fresh(self, chain: Chain) -> bool:
         return self.settings.deterministic or not chain.ids
 
-    def _has_room(self, chains: list[_Chain]) -> bool:
+    def _has_room(self, chains: list[Chain]) -> bool:
         """Whether the pages that chains held, or that their prompts take uncompressed, are free beside the reserve."""
         pool = self.cache.pool
         if pool is None or pool.grows or not (self._active or chains[1:]):
@@ -242,7 +169,7 @@ class Engine:
         heads = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
         return heads * -(-num_tokens // self.cache.page_size)
 
-    def _no_room(self, wave: list[_Chain], exhausted: PoolExhausted) -> Iterator[Generated]:
+    def _no_room(self, wave: list[Chain], exhausted: PoolExhausted) -> Iterator[Generated]:
         """Prompts did not fit: they wait while others run, and one that had the pool to itself is refused."""
         places = [chain.place for chain in wave]
         held = sum(self._pages([*places, self.settings.places]))
@@ -258,7 +185,7 @@ class Engine:
             wave[0].pages = held + exhausted.needed
         self._waiting.extendleft(reversed(wave))
 
-    def _too_small(self, chain: _Chain, needed: int) -> str:
+    def _too_small(self, chain: Chain, needed: int) -> str:
         most = self._pages_of(len(chain.prompt.ids) + self.settings.max_new_tokens)
         return (
             f"a pool of {self.settings.num_pages} pages is too small for this sequence alone: within {len(chain.known)} "
@@ -266,7 +193,7 @@ class Engine:
         )
 
     # -- prefill -----------------------------------------------------------------------------------------------------
-    def _prefilled(self, wave: list[_Chain]) -> Tensor:
+    def _prefilled(self, wave: list[Chain]) -> Tensor:
         """Puts the tokens of chains into their places; logits [n, V] after them."""
         chain = wave[0]
         if len(wave) > 1 or not self._is_fresh(chain):
@@ -368,7 +295,7 @@ class Engine:
         return
         yield
 
-    def _choose(self, chains: list[_Chain], logits: Tensor) -> Iterator[Generated]:
+    def _choose(self, chains: list[Chain], logits: Tensor) -> Iterator[Generated]:
         """Draws the next token of each chain, ends those that are done."""
         uniforms = [chain.draws.uniform(len(chain.ids)) for chain in chains]
         tokens, valid = self.sampler.choose(logits, [chain.known for chain in chains], uniforms)
@@ -390,7 +317,7 @@ class Engine:
             elif len(chain.ids) >= self.settings.max_new_tokens:
                 yield self._ended(chain, "length")
 
-    def _ended(self, chain: _Chain, reason: str, error: str | None = None) -> Generated:
+    def _ended(self, chain: Chain, reason: str, error: str | None = None) -> Generated:
         if chain.place in self._active and self._active[chain.place] is chain:
             self._release([chain.place])
         return Generated(
@@ -438,21 +365,8 @@ class Engine:
         return list(zip(*(x.tolist() for x in counts), strict=True))
 
     @staticmethod
-    def _note(chain: _Chain, held: tuple[float, float, int], prefill: bool) -> None:
+    def _note(chain: Chain, held: tuple[float, float, int], prefill: bool) -> None:
         chain.tally.note(held[0], held[2], None if prefill else held[1])
-
-
-def unfit(prompt: Prompt, max_new_tokens: int, model: PreTrainedModel) -> str | None:
-    """Why a prompt cannot be continued, as a sentence; None if it can."""
-    limit = model.config.get_text_config().max_position_embeddings
-    if not prompt.ids:
-        return f"prompt {prompt.problem} is empty; a prompt needs at least one token"
-    if len(prompt.ids) + max_new_tokens > limit:
-        return (
-            f"prompt {prompt.problem} has {len(prompt.ids)} tokens; with max_new_tokens={max_new_tokens} it exceeds the "
-            f"model's {limit} positions: shorten it or lower max_new_tokens"
-        )
-    return None
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,6 @@ def test_usage_by_hand():
     found = accounting.usage(REQUESTS[:2])
     assert (found.kv_reads, found.peak_tokens, found.kv_bytes_peak) == (200, 30, 120)
     assert (found.measured_cr, found.live_tokens, found.tokens_generated, found.num_requests) == (5, 20, 12, 2)
-    assert accounting.slot_bytes(4, 2, 32, 2) == 1024
 
 
 def test_full_attention_reads_the_sum_of_an_arithmetic_series():

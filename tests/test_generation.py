@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from dms_lab import eviction
 from dms_lab.attachment import retrofit
 from dms_lab.cache.masked import MaskedCache
+from dms_lab.chains import Prompt, Settings
 from dms_lab.evaluation import hard
-from dms_lab.generation import Engine, Prompt, Settings, generate_greedy
+from dms_lab.generation import Engine, generate_greedy
 from dms_lab.policies import (
     FullPolicy,
     H2OPolicy,

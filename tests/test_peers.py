@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from dms_lab import accounting, models, pareto, results
 from dms_lab.attachment import retrofit
+from dms_lab.chains import Generated
 from dms_lab.evaluation import hard
-from dms_lab.generation import Generated
 from dms_lab.policies.full import FullPolicy
 from dms_lab.tiny import tasks
 

@@ -17,8 +17,9 @@ from dms_lab import accounting, pareto
 from dms_lab.attachment import Retrofit
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.policy import Policy
+from dms_lab.chains import Generated
 from dms_lab.distillation import lm_loss
-from dms_lab.generation import Generated, generate_greedy, left_padded
+from dms_lab.generation import generate_greedy, left_padded
 from dms_lab.results import Result
 from dms_lab.structure import output_head
 from dms_lab.tiny import corpus, tasks

@@ -12,10 +12,11 @@ import torch
 
 from dms_lab import accounting, models
 from dms_lab.attachment import retrofit
+from dms_lab.chains import Prompt, Settings
 from dms_lab.checkpoint import load_checkpoint
 from dms_lab.config import ModelConfig
 from dms_lab.evaluation import hard
-from dms_lab.generation import Engine, Prompt, Settings, end_ids
+from dms_lab.generation import Engine, end_ids
 from dms_lab.policies import FullPolicy
 from dms_lab.results import git_revision
 from dms_lab.sampling import SamplingConfig
