@@ -303,7 +303,7 @@ class CompactCache(PolicyCache):
             )
         super().__init__(layers=[])
         self.policy, self.storage, self.num_pages = policy, storage, num_pages
-        self.page_size = page_size or block or _PAGE_SIZE
+        self.page_size = page_size if page_size is not None else block or _PAGE_SIZE
         self.num_places, self.chunk, self.apart = num_places, chunk, apart
         self.pool: PagePool | None = None
         self.rows: Tensor | None = None
