@@ -7,11 +7,16 @@ Equal to full attention. On a GPU host memory is pinned and the next layer's cop
 memories are the same one, and nothing is gained. Device memory: the window's pages, and the fetched tokens of two layers.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from dms_lab.attention.paged import dense
-from dms_lab.cache.compact import CompactCache, CompactLayer
+from dms_lab.cache.layer import CompactLayer
+
+if TYPE_CHECKING:
+    from dms_lab.cache.compact import CompactCache
 
 
 class HostStore:
@@ -62,7 +67,7 @@ class HostStore:
 class OffloadingLayer(CompactLayer):
     """A layer whose slots hold the window, and whose older tokens are in host memory."""
 
-    def __init__(self, cache: CompactCache, index: int) -> None:
+    def __init__(self, cache: "CompactCache", index: int) -> None:
         super().__init__(cache, index)
         self.stores: list[HostStore] = []
         self.fetched_bytes = 0  # of device memory for the newest query's host tokens

@@ -1,0 +1,250 @@
+"""One layer of the compact cache: attention over its slots, and the storing of new tokens.
+
+one token     its slot is that of the token leaving the window, or a new one -> attention over the live slots
+more tokens   in pieces of `chunk`: attention over live slots and the piece -> what is still visible is stored
+              (a ranked rule, which decides after every token, goes one by one once its budget is near)
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from dms_lab.attention.blocks import read_blocks
+from dms_lab.attention.paged import Chunk, Slots, attend_chunk, decode
+from dms_lab.cache.policy import RankedRule, Ranking, ReadingRule, Scores, WindowedRule, choose_victim
+from dms_lab.cache.slots import SlotTable
+
+if TYPE_CHECKING:
+    from dms_lab.cache.compact import CompactCache
+
+
+def in_any_mode(function):
+    """`function` without gradients, on tensors that any later call may change, in whatever mode it is called.
+
+    What inference mode makes can be changed in inference mode alone, and a prompt may be read in one mode, continued in
+    another.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return run
+
+
+class CompactLayer(CacheLayerMixin):
+    """One layer's slots. Made by `CompactCache`."""
+
+    is_sliding = False
+
+    def __init__(self, cache: "CompactCache", index: int) -> None:
+        super().__init__()
+        self.cache, self.index = cache, index
+        self.slots: SlotTable | None = None
+        self.columns = 0  # tokens and padding handed to this layer, as Hugging Face counts them
+        self._reads: Tensor | None = None  # tokens that the newest query of each place read, [B, K]; None: all live ones
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @in_any_mode
+    def reset(self) -> None:
+        if self.slots is not None:
+            self.slots.release(torch.arange(self.slots.length.shape[0], device=self.slots.length.device))
+            self.cache.pool.shrink()
+        self.slots, self._reads, self.columns = None, None, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove and self.slots is not None:
+            self.slots.crop(-tokens_to_remove)
+            self.columns += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    @in_any_mode
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.slots is not None:
+            self.select(indices.to(self.slots.length.device))
+
+    @in_any_mode
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.slots is not None:
+            rows = torch.arange(self.slots.length.shape[0], device=self.slots.length.device)
+            self.select(rows.repeat_interleave(repeats))
+
+    def note_reads(self, counts: Tensor) -> None:
+        """Notes how many tokens the rows in use read, [B, K] or [B, 1], where that is not what is live."""
+        if self._reads is None:
+            self._reads = torch.zeros_like(self.slots.length)
+        rows = slice(None) if self.slots.rows is None else self.slots.rows
+        self._reads[rows] = counts.expand(-1, self._reads.shape[1])
+
+    def reads(self) -> Tensor:
+        """Tokens that the newest query of the rows in use read, [B, K]."""
+        rows = slice(None) if self.slots.rows is None else self.slots.rows
+        return self.slots.get("length") if self._reads is None else self._reads[rows]
+
+    def select(self, indices: Tensor) -> None:
+        """Keeps the sequences `indices` [n] in that order."""
+        self.slots.select(indices)
+        self._reads = None if self._reads is None else self._reads[indices]
+
+    def release(self, rows: Tensor) -> None:
+        """Makes the places `rows` [n] empty."""
+        self.slots.release(rows)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Makes the empty places `target` [n] hold what `source` [n] do."""
+        self.slots.copy(source, target)
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+    @in_any_mode
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores, logit: Tensor | None, real: Tensor | None):
+        """Attention [B, H, Q, D] of new tokens, of which `real` [B, Q] (None: all), and their storing."""
+        cache, batch, num_columns = self.cache, query.shape[0], query.shape[2]
+        if self.slots is None:
+            self.slots = cache.new_table(self.index, batch, key, value, scores)
+        self.slots.rows = cache.rows
+        self.columns += num_columns
+        if num_columns == 1 and scores.sliding_window is None:
+            return self._one(query, key, value, scores, logit, None if real is None else real[:, 0])
+        order = None
+        if real is not None:
+            self.slots.note_columns(real, num_columns)
+            order = (~real).to(torch.int8).argsort(dim=-1, stable=True)  # tokens first, padding behind them
+            query, key, value = (_ordered(x, order) for x in (query, key, value))
+            logit = None if logit is None else logit.gather(2, order[:, None].expand(logit.shape))
+        else:
+            self.slots.note_columns(None, num_columns)
+        count = torch.full((batch,), num_columns, device=key.device) if real is None else real.sum(1)
+        output = self._pieces(query, key, value, scores, logit, count)
+        if order is None:
+            return output
+        output = torch.zeros_like(output).scatter_(2, order[:, None, :, None].expand(output.shape), output)
+        return output.masked_fill_(~real[:, None, :, None], 0.0)
+
+    def _pieces(self, query, key, value, scores, logit, count):
+        outputs, start, total = [], 0, query.shape[2]
+        while start < total:
+            left = (count - start).clamp(min=0)
+            stop = start + self._piece_size(total - start, left, scores)
+            piece = [x[:, :, start:stop] for x in (query, key, value)]
+            flags = None if logit is None else logit[:, :, start:stop]
+            if stop - start == 1 and isinstance(self.cache.policy, RankedRule):
+                outputs.append(self._one(*piece, scores, flags, left > 0, note=False))
+            else:
+                outputs.append(self._piece(*piece, scores, flags, left.clamp(max=stop - start)))
+            start = stop
+        return torch.cat(outputs, 2)
+
+    def _piece_size(self, columns: int, left: Tensor, scores: Scores) -> int:
+        """How many of the next columns go at once: a ranked rule decides after every token once its budget is near."""
+        policy, size = self.cache.policy, min(columns, self.cache.chunk)
+        if isinstance(policy, WindowedRule):
+            return size
+        room = policy.budget - 1 - int(self.slots.get("length").max())
+        return max(1, min(size, room))
+
+    def _slots(self) -> Slots:
+        return Slots(self.cache.pool, self.slots.get("table"), self.slots.get("length"), self.cache.apart)
+
+    def _piece(self, query, key, value, scores, logit, count):
+        """A chunk [B, *, C, D], the first `count` [B] of it tokens: attention by the visibility rule, then storing."""
+        slots, policy = self.slots, self.cache.policy
+        position = slots.get("seen")[:, None] + torch.arange(key.shape[2], device=key.device)
+        flags = self._flags(logit, position, key.shape[1])
+        governed = slots.governed(flags, count)
+        address, past_position, in_use = slots.past()
+        new_position = position[:, None].expand(-1, key.shape[1], -1)
+        chunk = Chunk(
+            key,
+            value,
+            position,
+            slots.is_evicted(governed, new_position),
+            past_position,
+            slots.is_evicted(governed, past_position),
+            slots.window,
+        )
+        sums = isinstance(policy, RankedRule) and policy.needs_total
+        output, weights = attend_chunk(query, chunk, self._slots(), scores, want_weights=sums)
+        slots.append_chunk(key, value, flags, count)
+        if sums:
+            self._sum_weights(weights, address[in_use], in_use, count)
+        if isinstance(policy, RankedRule) and slots.sliding is not None:
+            slots.expire()
+        return output
+
+    def _sum_weights(self, weights: Tensor, address: Tensor, in_use: Tensor, count: Tensor) -> None:
+        """Adds a chunk's attention to the slots' totals; nothing was evicted, so new tokens stand at the end."""
+        pool, size = self.cache.pool, in_use.shape[2]
+        is_query = torch.arange(weights.shape[2], device=weights.device) < count[:, None]
+        received = (weights.float() * is_query[:, None, :, None]).sum(2)
+        received = received.view(*in_use.shape[:2], -1, weights.shape[3]).sum(2)
+        pool.weight.view(-1)[address] += received[:, :, :size][in_use]
+        length = self.slots.get("length")
+        slot = torch.arange(weights.shape[2], device=weights.device) + length[:, :, None] - count[:, None, None]
+        fresh = is_query[:, None].expand(slot.shape)
+        pool.weight.view(-1)[self.slots.address(slot.clamp(min=0))[fresh]] = received[:, :, size:][fresh]
+
+    def _flags(self, logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
+        policy = self.cache.policy
+        return policy.flags(logit, position, num_kv_heads) if isinstance(policy, WindowedRule) else None
+
+    def _one(self, query, key, value, scores, logit, real, note=True):
+        """One new token a sequence: its slot, then attention over what is live. `real` [B] False: nothing is stored."""
+        slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
+        now, tail = slots.get("seen"), slots.get("tail")
+        flag = self._flags(logit, now[:, None], key.shape[1])
+        address = slots.append_one(None if flag is None else flag[:, :, 0], real)
+        if not note:
+            slots.put("tail", tail)
+        position = now[:, None].expand(address.shape).flatten()
+        pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
+        ranked = isinstance(policy, RankedRule)
+        held = self._slots()
+        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores):
+            held = read_blocks(query, held, policy.budget // policy.block)
+            self.note_reads(held.length)
+        output, weights = decode(query, held, scores, want_weights=ranked)
+        if ranked:
+            self._rank(weights, now, real, scores.sliding_window)
+        return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
+
+    def _rank(self, weights: Tensor, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
+        """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""
+        slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
+        address, position, in_use = slots.past()
+        if not in_use.shape[2]:  # padding before any token
+            return
+        is_token = torch.ones_like(now, dtype=torch.bool) if real is None else real
+        total = weights.view(*in_use.shape[:2], -1, in_use.shape[2]).sum(2)
+        if pool.weight is not None:
+            held = in_use & is_token[:, None, None]
+            pool.weight.view(-1)[address[held]] += total[held]
+            total = pool.weight.view(-1)[address]
+        ranking = Ranking(weights, total, position, now, self.index)
+        victim, has_to = choose_victim(policy, ranking, in_use, sliding_window)
+        victim = torch.where(has_to, victim, -1)
+        slots.put("victim", torch.where(is_token[:, None], victim, slots.get("victim")))
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """`x` [B, heads, C, D] with its tokens in `order` [B, C]."""
+    return x.gather(2, order[:, None, :, None].expand(x.shape))
