@@ -29,7 +29,16 @@ ROOT = HERE.parents[2]
 KVPRESS = ROOT / "experiments/peers/kvpress"
 WORK = ROOT / "runs/decode_cpu"
 CONTESTS = ("full,dms,unequal", "hf,dms", "dms,fp8,int8")
-PREFILLS = ("hf", "hf/256", "dms", "dms/256", "full", "full/256")  # /256: forwards of 256 tokens each
+PREFILLS = (
+    "hf",
+    "hf/256",
+    "dms",
+    "dms/256",
+    "full",
+    "full/256",
+    "window",
+    "window/256",
+)  # /256: forwards of 256 tokens each
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -215,7 +224,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 32768])
     add("--batch", type=int, nargs="+", default=[1, 8])
     add("--contest", nargs="+", default=CONTESTS, help=f"names that take turns, of {', '.join(CACHES)}")
-    add("--names", nargs="+", default=CACHES, help="caches whose resident memory is measured")
+    add("--names", nargs="+", default=CACHES[:-1], help="caches whose resident memory is measured")
     add("--ways", nargs="+", default=["hf", "dms", "dms/256"], help=f"of {', '.join(PREFILLS)}")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=4, help="decode steps of a contestant's turn")

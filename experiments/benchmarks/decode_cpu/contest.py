@@ -2,7 +2,7 @@
 
     name      hf: transformers' DynamicCache and SDPA     full: CompactCache that evicts nothing
               dms: decisions forced to CR 8, window 256    unequal: the same mean, heads from 0.02 to 0.33
-              fp8, int8: as dms, stored in 8 bits
+              fp8, int8: as dms, stored in 8 bits             window: nothing older than the window stays
     fill      keys and values put into the layers by the cache's own storing, without attention
     clock     seconds inside `cache.attend`, or for hf inside `cache.update` and the attention function
 
@@ -24,7 +24,7 @@ from dms_lab.policies.full import FullPolicy
 NUM_LAYERS, NUM_KV_HEADS, WIDTH = 4, 8, 128
 CR, WINDOW = 8, 256
 STORAGE = {"fp8": "fp8", "int8": "int8"}
-CACHES = ("hf", "full", "dms", "unequal", "fp8", "int8")
+CACHES = ("hf", "full", "dms", "unequal", "fp8", "int8", "window")
 _PERIOD = 2**16  # positions after which the forced decisions repeat
 
 
@@ -71,7 +71,7 @@ def make_models(dtype: torch.dtype, seed: int = 0) -> Models:
 
 
 class ForcedPolicy(WindowedRule):
-    """Keeps a random share of the tokens, drawn once per (position, head): 1 / CR in every head, or in their mean.
+    """Keeps a random share of the tokens, drawn once per (position, head): `kept` in every head, or in their mean.
 
     What a predictor computes is not in its time; it is one product with a [1024, 8] matrix a layer.
     """
@@ -79,9 +79,9 @@ class ForcedPolicy(WindowedRule):
     name = "forced"
     window = WINDOW
 
-    def __init__(self, unequal: bool = False) -> None:
+    def __init__(self, unequal: bool = False, kept: float = 1 / CR) -> None:
         spread = torch.linspace(-2, 2, NUM_KV_HEADS).exp2() if unequal else torch.ones(NUM_KV_HEADS)
-        kept = spread / spread.mean() / CR
+        kept = kept * spread / spread.mean()
         drawn = torch.rand(NUM_KV_HEADS, _PERIOD, generator=torch.Generator().manual_seed(0))
         self._evict = drawn >= kept[:, None]
 
@@ -94,7 +94,7 @@ def make_cache(name: str) -> Cache:
     """An empty cache by name."""
     if name == "hf":
         return DynamicCache()
-    policy = FullPolicy() if name == "full" else ForcedPolicy(name == "unequal")
+    policy = FullPolicy() if name == "full" else ForcedPolicy(name == "unequal", 0.0 if name == "window" else 1 / CR)
     return dms_lab.CompactCache(policy, storage=STORAGE.get(name, "model"))
 
 
