@@ -109,6 +109,7 @@ def converse(cache, rows, turns, scores):
         new = torch.stack([torch.arange(columns) >= columns - count for count in counts]).long() - 1
         document = torch.cat([document, new], 1)
         has_padding = bool((document < 0).any())
+        cache.announce("test")
         key, value = cache.update(key, value, 0)
         output = cache.attend(0, query, key, value, scores, logit[..., 0], document if has_padding else None)
         assert torch.isfinite(output[(new >= 0)[:, None].expand(output.shape[:3])]).all()
@@ -233,6 +234,7 @@ def test_apart_no_bit_of_a_row_depends_on_the_rows_beside_it(kind):
                 parts = [padded_turn([rows[0][p], rows[other][p]], starts, mine, width) for p in range(4)]
                 document = torch.stack([torch.arange(width) >= width - n for n in mine]).long() - 1
                 query, key, value, logit = parts
+                cache.announce("test")
                 cache.update(key, value, 0)
                 output = cache.attend(0, query, key, value, scores, logit[..., 0], document)
                 found.append(output[0, :, width - counts[0] :])
@@ -265,12 +267,14 @@ def test_the_golden_cases_come_out_of_the_compact_cache(name, chunk):
                 num_documents += 1
                 cache = CompactCache(policy, page_size=2, chunk=chunk)
                 alone = [x[row : row + 1, :, mine] for x in (q, k, v)]
+                cache.announce("test")
                 cache.update(*alone[1:], 0)
                 output = cache.attend(0, *alone, scores, logit[row : row + 1, :, mine], None)
                 torch.testing.assert_close(output[0], wanted[row][:, mine], rtol=1e-10, atol=1e-10)
     assert num_documents >= q.shape[0]
     if document.max() == 0 or case["layout"] in ("left", "right", "none"):
         cache = CompactCache(policy, page_size=2, chunk=chunk)
+        cache.announce("test")
         cache.update(k, v, 0)
         output = cache.attend(0, q, k, v, scores, logit, document)
         real = (document >= 0)[:, None].expand(output.shape[:3])
@@ -500,8 +504,7 @@ def test_a_reset_cache_serves_the_next_batch_as_a_new_one_and_holds_no_memory():
     talk(handle, cache, LONG, LONG_TURNS)
     used = cache.allocated_bytes
     cache.reset()
-    assert cache.pool.num_pages == 0
-    assert cache.allocated_bytes == cache.pool.page_bytes < used / 20
+    assert cache.allocated_bytes == 0 < used
     assert cache.get_seq_length() == 0
     fresh = CompactCache(handle.policy(), page_size=8, chunk=7)
     for found, wanted in zip(talk(handle, cache, ROWS[:1], [(18,)]), talk(handle, fresh, ROWS[:1], [(18,)]), strict=True):
@@ -660,3 +663,109 @@ def test_a_deep_copy_shares_nothing_with_its_original():
         second = handle.model(ids, past_key_values=twin).logits
     assert torch.equal(first, second)
     assert torch.equal(cache.live_slots(), twin.live_slots())
+
+
+def test_long_heads_are_attended_in_parts(monkeypatch):
+    """Several parts, the last of them cut short by the head's length, against one gathering."""
+    from dms_lab.attention import paged
+    from dms_lab.cache.pages import PagePool
+
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        pool = PagePool(8, 8, dtype, torch.device("cpu"), page_size=4, num_pages=40)
+        table = pool.take(torch.ones(1, 2, 17, dtype=torch.bool))
+        for store in (pool.key, pool.value):
+            store.data.normal_(generator=torch.Generator().manual_seed(1))
+        query = torch.randn(1, 4, 1, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        slots = paged.Slots(pool, table, torch.tensor([[66, 9]]))
+        monkeypatch.setattr(paged, "_LONG_BYTES", 2**22)
+        whole, _ = paged.decode(query, slots, Scores(0.3))
+        monkeypatch.setattr(paged, "_LONG_BYTES", 64)
+        monkeypatch.setattr(paged, "_GROUP_BYTES", 1)
+        monkeypatch.setattr(paged, "_PART_BYTES", 5 * 4 * 8 * dtype.itemsize)
+        parts, _ = paged.decode(query, slots, Scores(0.3))
+        assert (parts.float() - whole.float()).abs().max() < bound
+
+
+def test_a_cache_that_ran_out_of_pages_on_the_way_is_of_no_use_until_it_is_emptied():
+    handle = decide(retrofit(build("llama"), DmsConfig(window=40)))
+    ids = torch.arange(3, 23)[None]
+    cache = CompactCache(handle.policy(), page_size=4, num_pages=15)
+    with torch.no_grad():
+        with pytest.raises(PoolExhausted):
+            handle.model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="its layers hold different tokens"):
+            handle.model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        fresh = CompactCache(handle.policy(), page_size=4)
+        again = [handle.model(ids[:, :9], past_key_values=c).logits for c in (cache, fresh)]
+    assert torch.equal(*again)
+
+
+def test_a_cache_is_refused_by_a_model_that_leaves_no_attention_to_it():
+    model = build("llama")
+    with torch.no_grad(), pytest.raises(ValueError, match="works with a retrofitted model alone"):
+        model(torch.tensor([[5, 6]]), past_key_values=CompactCache(FullPolicy()))
+    handle = retrofit(model, None)
+    cache = CompactCache(FullPolicy())
+    with torch.no_grad():
+        model(torch.tensor([[5, 6]]), past_key_values=cache)
+        handle.detach()
+        with pytest.raises(ValueError, match="works with a retrofitted model alone"):
+            model(torch.tensor([[7]]), past_key_values=cache)
+    with pytest.raises(ValueError, match="was taken off"):
+        handle.hard(cache)
+
+
+def test_an_empty_cache_has_nothing_to_count():
+    cache = CompactCache(FullPolicy())
+    for count in (cache.compression, cache.live_slots, cache.read_slots, lambda: cache.storage_factor):
+        with pytest.raises(ValueError, match="this cache is empty"):
+            count()
+
+
+def test_caches_and_models_are_copied_and_pickled_with_what_they_hold():
+    import copy
+    import pickle
+
+    for config in (DmsConfig(window=4), DmsConfig(window=4, predictor="neuron")):
+        handle = decide(retrofit(build("qwen3"), config))
+        ids = torch.arange(3, 23)[None]
+        with torch.no_grad():
+            cache = CompactCache(handle.policy())
+            handle.model(ids[:, :12], past_key_values=cache)
+            stored = pickle.dumps(cache)
+            wanted = handle.model(ids[:, 12:], past_key_values=cache).logits
+            assert torch.equal(handle.model(ids[:, 12:], past_key_values=pickle.loads(stored)).logits, wanted)
+            twin = copy.deepcopy(handle.model)
+            for parameter in twin.parameters():
+                parameter.mul_(0.5)
+            assert torch.equal(handle.model(ids[:, 12:], past_key_values=pickle.loads(stored)).logits, wanted)
+            assert not torch.equal(twin(ids).logits, handle.model(ids).logits)
+
+
+def test_h2o_refuses_to_crop():
+    handle = retrofit(build("llama"), None)
+    cache = CompactCache(H2OPolicy(24))
+    with torch.no_grad():
+        handle.model(torch.arange(3, 13)[None], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention summed up"):
+        cache.crop(-2)
+
+
+@pytest.mark.parametrize("kind", ["dms", "h2o"])
+def test_a_repeated_and_selected_cache_goes_on_with_those_rows(kind):
+    handle = retrofit(build("llama"), DmsConfig(window=3) if kind == "dms" else None)
+    if kind == "dms":
+        decide(handle)
+    policy = handle.policy() if kind == "dms" else H2OPolicy(7)
+    cache = CompactCache(policy, page_size=4, chunk=7)
+    talk(handle, cache, LONG, [(9, 9)])
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 0, 1]))
+    rows = [LONG[1], LONG[0], LONG[0][:9] + LONG[1][9:]]
+    with torch.no_grad():
+        for start, stop in ((9, 10), (10, 17)):
+            ids = torch.tensor([row[start:stop] for row in rows])
+            logits = handle.model(ids, past_key_values=cache, position_ids=torch.arange(start, stop)[None]).logits
+    wanted = torch.stack([x[10:] for x, _ in dense(handle, policy, [row[:17] for row in rows])])
+    torch.testing.assert_close(logits, wanted, rtol=0, atol=2e-5)
