@@ -22,7 +22,9 @@ from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
 _GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
+_LONG_BYTES, _PART_BYTES = 2**22, 2**21  # keys of a head that are gathered in parts: more would not stay in that cache
 _GROUP_MASK = 2**20  # entries of a chunk's mask at a time
+_DEVICE_MASK = 2**26  # the same on a GPU
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = Fal
     num_kv_heads = slots.length.shape[1]
     if want_weights or scores.softcap is not None or scores.sinks is not None:
         parts = []
-        for mine, rows, size in _sequences(slots):
+        for mine, rows, size in _sequences(slots, 1):
             size = max(1, size)
             key, value = (x.view(-1, num_kv_heads, *x.shape[1:]) for x in slots.gather(*rows, size))
             used = (torch.arange(size, device=key.device) < slots.length[mine, :, None])[:, :, None]
@@ -62,7 +64,9 @@ def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = Fal
     output = query.new_zeros(rows.shape[0], 1, rows.shape[2], slots.pool.value.width)
     lengths = slots.length.flatten()
     for first, last, size, is_even, scratch in _groups(slots, 1):
-        if size:
+        if last - first == 1 and _key_bytes(slots, size) > _LONG_BYTES:
+            output[first, 0] = _decode_in_parts(rows[first, 0], slots, first, size, scores.scaling)
+        elif size:
             key, value = slots.gather(first, last, size, scratch)
             mask = None
             if not is_even:
@@ -73,6 +77,24 @@ def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = Fal
             empty = (lengths[first:last] == 0)[:, None, None, None]
             output[first:last] = found if is_even else found.masked_fill(empty, 0.0)
     return output.view(batch, num_heads, 1, -1), None
+
+
+def _key_bytes(slots: Slots, size: int) -> int:
+    """Bytes of a head's gathered keys."""
+    return size * slots.pool.key.width * slots.pool.key.dtype.itemsize
+
+
+def _decode_in_parts(query: Tensor, slots: Slots, row: int, size: int, scaling: float) -> Tensor:
+    """Attention [G, D] of a row's queries [G, D] over its `size` slots, gathered a part at a time, in float32."""
+    step = max(1, _PART_BYTES // max(1, _key_bytes(slots, slots.pool.page_size)))
+    parts = slots.table.flatten(0, 1)[row, : -(-size // slots.pool.page_size)].split(step)
+    query = query.float() * scaling
+    scores = torch.cat([query @ slots.pool.key.gather(pages).float().T for pages in parts], 1)
+    weights = scores[:, :size].softmax(1).split(step * slots.pool.page_size, 1)
+    mine = zip(weights, parts, strict=True)
+    return sum(part @ slots.pool.value.gather(pages)[: part.shape[1]].float() for part, pages in mine).to(
+        slots.pool.value.dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -101,7 +123,7 @@ def attend_chunk(
     num_rows = batch * num_kv_heads
     if want_weights or scores.softcap is not None or scores.sinks is not None:
         parts = []
-        for mine, rows, size in _sequences(slots):
+        for mine, rows, size in _sequences(slots, num_queries):
             visible = _visible(chunk, slots, *rows, size, scores).view(-1, num_kv_heads, num_queries, size + num_queries)
             key, value = chunk.key[mine], chunk.value[mine]
             if size:
@@ -133,11 +155,11 @@ def attend_chunk(
 def _visible(chunk: Chunk, slots: Slots, first: int, last: int, size: int, scores: Scores) -> Tensor:
     """Which of `size` slots and the C new tokens each new token sees, in the rows `first..last`, [rows, C, size + C]."""
     num_kv_heads = chunk.key.shape[1]
-    queries = chunk.position.repeat_interleave(num_kv_heads, 0)[first:last]
-    keys = torch.cat([chunk.past_position.flatten(0, 1)[first:last, :size], queries], 1)
+    queries = chunk.position.int().repeat_interleave(num_kv_heads, 0)[first:last]
+    keys = torch.cat([chunk.past_position.flatten(0, 1)[first:last, :size].int(), queries], 1)
     used = torch.arange(size, device=keys.device) < slots.length.flatten()[first:last, None]
     evicted = torch.cat([chunk.past_evicted.flatten(0, 1)[first:last, :size], chunk.evicted.flatten(0, 1)[first:last]], 1)
-    window = chunk.window or torch.iinfo(torch.long).max
+    window = chunk.window or torch.iinfo(torch.int32).max
     visible = eviction.visible(evicted[:, None], window, queries, keys)[:, 0]
     visible[:, :, :size] &= used[:, None]
     if scores.sliding_window is not None:
@@ -150,7 +172,10 @@ def _groups(slots: Slots, num_queries: int):
     num_rows, num_kv_heads = slots.length.numel(), slots.length.shape[1]
     page_size, key, value = slots.pool.page_size, slots.pool.key, slots.pool.value
     if slots.length.device.type != "cpu":
-        yield 0, num_rows, slots.table.shape[2] * page_size, False, None
+        size = slots.table.shape[2] * page_size
+        fit = num_rows if num_queries == 1 else max(1, _DEVICE_MASK // (num_queries * (size + num_queries)))
+        for first in range(0, num_rows, fit):
+            yield first, min(first + fit, num_rows), size, False, None
         return
     span = num_kv_heads if slots.apart else num_rows
     for start in range(0, num_rows, span):
@@ -167,13 +192,16 @@ def _groups(slots: Slots, num_queries: int):
             yield start + first, start + first + len(mine), max(mine), min(mine) == max(mine), scratch
 
 
-def _sequences(slots: Slots):
+def _sequences(slots: Slots, num_queries: int):
     """(sequences, (first row, last row), slots of the longest) that the dense reference attends at once."""
     batch, num_kv_heads = slots.length.shape
-    step = 1 if slots.apart else batch
+    longest = int(slots.length.max())
+    fit = _GROUP_MASK // (num_kv_heads * num_queries * (longest + num_queries))
+    step = 1 if slots.apart else max(1, min(fit, batch))
     for first in range(0, batch, step):
-        mine = slice(first, first + step)
-        yield mine, (first * num_kv_heads, (first + step) * num_kv_heads), int(slots.length[mine].max())
+        last = min(first + step, batch)
+        mine = slice(first, last)
+        yield mine, (first * num_kv_heads, last * num_kv_heads), int(slots.length[mine].max())
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]], num_new: int) -> tuple[Tensor, Tensor]:

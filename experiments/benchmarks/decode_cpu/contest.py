@@ -99,14 +99,18 @@ def make_cache(name: str) -> Cache:
 
 
 @torch.no_grad()
-def fill(cache: Cache, num_tokens: int, batch: int, dtype: torch.dtype) -> None:
-    """Puts `num_tokens` random tokens a sequence into every layer; heads and sequences get the same numbers."""
+def fill(cache: Cache, num_tokens: int, batch: int, dtype: torch.dtype, models: Models | None = None) -> None:
+    """Puts `num_tokens` random tokens a sequence into every layer; heads and sequences get the same numbers.
+
+    `models`: which the cache is to serve afterwards.
+    """
     block = torch.randn(1, 1, num_tokens, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     block = block.expand(batch, NUM_KV_HEADS, -1, -1)
     for layer in range(NUM_LAYERS):
         if isinstance(cache, DynamicCache):
             cache.update(block, block, layer)
         else:
+            cache.announce("nobody") if models is None else models.retrofitted.dms_retrofit.hard(cache)
             _fill_layer(cache, layer, block)
 
 
@@ -181,7 +185,7 @@ class Contestant:
         self.name, self.model, self.clock = name, models.of(name), Clock()
         self.dtype = self.model.dtype
         self.cache = make_cache(name)
-        fill(self.cache, num_tokens, batch, self.dtype)
+        fill(self.cache, num_tokens, batch, self.dtype, models)
         self.bytes = {
             "held_bytes": held_bytes(self.cache),
             "ideal_bytes": ideal_bytes(self.cache, self.dtype),
