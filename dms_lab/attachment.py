@@ -10,7 +10,7 @@ original: with eviction off the original function gets its original arguments, a
 `model.generate` would make a dynamic cache, it makes a compact one with the learned policy.
 """
 
-import weakref
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +39,7 @@ class Retrofit:
         self._hooks: list[Any] = []
         self._lora: list[nn.Module] = []
         self._base = model.get_decoder()
+        self._name = uuid.uuid4().hex  # caches know their attachment by it, copies and pickles of them too
         if "flash" in self._original:
             raise ValueError(
                 f"{type(model).__name__} was loaded with attn_implementation={self._original!r}, which takes no decisions; "
@@ -60,10 +61,13 @@ class Retrofit:
                 attention.add_module(PREDICTOR, predictor)
             if isinstance(predictor, NeuronPredictor):
                 self._hooks.append(attention.register_forward_pre_hook(_announce_neuron, with_kwargs=True))
-                self._hooks.append(query_source(attention).register_forward_hook(_capture_query(attention)))
+                source = query_source(attention)
+                source.__dict__["_dms_attention"] = attention  # no submodule; a deep copy of the model has its own
+                self._hooks.append(source.register_forward_hook(_capture_query))
         for layer in decoder_layers(self._base):
             self._hooks.append(layer.register_forward_pre_hook(_pass_residual, with_kwargs=True))
         self._hooks.append(self._base.register_forward_pre_hook(self._plan_forward, with_kwargs=True))
+        self._hooks.append(self._base.register_forward_hook(_close_cache, with_kwargs=True, always_call=True))
         self.model.set_attn_implementation(register(self._original))
         self.model._prepare_cache_for_generation = self._prepare_cache
 
@@ -93,6 +97,7 @@ class Retrofit:
         for attention in self.attentions:
             if hasattr(attention, PREDICTOR):
                 delattr(attention, PREDICTOR)
+                query_source(attention).__dict__.pop("_dms_attention", None)
         detach_lora(self.attentions)
         self.model.__dict__.pop("_prepare_cache_for_generation", None)
         self.model.set_attn_implementation(self._original)
@@ -193,18 +198,16 @@ class Retrofit:
         return ForwardPlan("hard", self.config, _document_from_mask(mask))
 
     def _claim(self, cache: PolicyCache) -> None:
-        """Marks a cache as this attachment's; raises `ValueError` for one that serves another model or policy."""
-        owner = cache.__dict__.setdefault("_owner", weakref.ref(self))()
-        if owner is not self:
-            raise ValueError(
-                "this cache holds tokens of another model or of another attachment to it; make a new cache for each"
-            )
+        """Lets a forward with `cache` begin; raises `ValueError` for one that serves another model or policy."""
+        if getattr(self.model, "dms_retrofit", None) is not self:
+            raise ValueError("this attachment was taken off its model; attach a policy again with dms_lab.retrofit")
         policy = cache.policy
         if isinstance(policy, DmsPolicy) and self.config is not None and policy.config != self.config:
             raise ValueError(
                 f"this cache's policy is {policy.config}, but the model was retrofitted with {self.config}; make the cache "
                 "with handle.policy()"
             )
+        cache.announce(self._name)
 
     def hard(self, cache: PolicyCache, real: Tensor | None = None) -> ForwardPlan:
         """The plan of a forward over new tokens through `cache`; `real` [B, Q] is False for padding, None: no padding."""
@@ -240,30 +243,32 @@ def _pass_residual(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
     return args, kwargs | {"dms_residual": residual}
 
 
+def _close_cache(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    if isinstance(cache := kwargs.get("past_key_values"), PolicyCache):
+        cache.close()
+
+
 def _announce_neuron(module: nn.Module, args: tuple, kwargs: dict) -> None:
     module.__dict__["_dms_neuron_keep"] = kwargs["dms"].neuron_keep
 
 
-def _capture_query(attention: nn.Module):
-    """A forward hook that notes the queries before RoPE and fades or zeroes the neuron in what goes on."""
-
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        keep = attention.__dict__.get("_dms_neuron_keep")
-        if keep is None:
-            return output
-        heads, width = attention.config.num_attention_heads, attention.head_dim
-        if _heads_first(args[0], output, heads):
-            query = output.transpose(1, 2)
-            attention.__dict__[QUERY] = query
-            return getattr(attention, PREDICTOR).zeroed(query, keep).transpose(1, 2)
-        batch, tokens = output.shape[:2]
-        flat = output.reshape(batch, tokens, -1)
-        query = flat[..., : heads * width].reshape(batch, tokens, heads, width)
+def _capture_query(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Notes the queries before RoPE and fades or zeroes the neuron in what goes on."""
+    attention = module.__dict__["_dms_attention"]
+    keep = attention.__dict__.get("_dms_neuron_keep")
+    if keep is None:
+        return output
+    heads, width = attention.config.num_attention_heads, attention.head_dim
+    if _heads_first(args[0], output, heads):
+        query = output.transpose(1, 2)
         attention.__dict__[QUERY] = query
-        query = getattr(attention, PREDICTOR).zeroed(query, keep).reshape(batch, tokens, -1)
-        return torch.cat([query, flat[..., heads * width :]], -1).reshape(output.shape)
-
-    return hook
+        return getattr(attention, PREDICTOR).zeroed(query, keep).transpose(1, 2)
+    batch, tokens = output.shape[:2]
+    flat = output.reshape(batch, tokens, -1)
+    query = flat[..., : heads * width].reshape(batch, tokens, heads, width)
+    attention.__dict__[QUERY] = query
+    query = getattr(attention, PREDICTOR).zeroed(query, keep).reshape(batch, tokens, -1)
+    return torch.cat([query, flat[..., heads * width :]], -1).reshape(output.shape)
 
 
 def _heads_first(x: Tensor, output: Tensor, heads: int) -> bool:

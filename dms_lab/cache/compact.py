@@ -67,6 +67,8 @@ class CompactCache(PolicyCache):
         self.page_size = page_size if page_size is not None else block or _PAGE_SIZE
         self.num_places, self.chunk, self.apart = num_places, chunk, apart
         self.pool: PagePool | None = None
+        self.reads_prompt = False  # whether a single new token is the end of a prompt, which a reading rule reads whole
+        self._torn: set[int] | None = None  # rows of which the layers hold different tokens
         self.rows: Tensor | None = None
         self._element_bytes = 0
 
@@ -74,7 +76,37 @@ class CompactCache(PolicyCache):
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
-        return self.layers[layer_idx].update(key_states, value_states)
+        return super().update(key_states, value_states, layer_idx)
+
+    def reset(self) -> None:
+        """Empties the cache; it then serves any model, as a new one would."""
+        super().reset()
+        self.pool, self._torn = None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._in_all_layers(super().reorder_cache, beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._in_all_layers(super().batch_select_indices, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._in_all_layers(super().batch_repeat_interleave, repeats)
+
+    def _in_all_layers(self, function: Callable, *args):
+        """`function`, which goes from layer to layer; if pages run out on the way, the cache is of no use until `reset`."""
+        if self._torn is not None:
+            raise ValueError(
+                "this cache ran out of pages in the middle of a forward or a selection, so its layers hold different "
+                "tokens: call reset() on it, or make a new one with more pages (num_pages)"
+            )
+        try:
+            return function(*args)
+        except PoolExhausted:
+            self._torn = set(range(self._num_rows())) if self.rows is None else set(self.rows.tolist())
+            raise
+
+    def _num_rows(self) -> int:
+        return max((layer.slots.length.shape[0] for layer in self.layers if layer.slots is not None), default=0)
 
     @in_any_mode
     def crop(self, tokens_to_remove: int) -> None:
@@ -83,6 +115,8 @@ class CompactCache(PolicyCache):
             raise ValueError(f"crop({tokens_to_remove}): give a negative count of tokens to remove, as Hugging Face does")
         if tokens_to_remove and isinstance(self.policy, ReadingRule):
             raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: its blocks' bounds would stay wide")
+        if tokens_to_remove and isinstance(self.policy, RankedRule) and self.policy.needs_total:
+            raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: attention summed up stays summed up")
         for layer in self.layers:
             if tokens_to_remove and layer.slots is not None:
                 layer.slots.check_crop(-tokens_to_remove)
@@ -133,7 +167,8 @@ class CompactCache(PolicyCache):
     ) -> Tensor:
         self._check(layer_idx, query, key, value)
         real = None if document is None else document[:, -query.shape[2] :] >= 0
-        output = self.layers[layer_idx].attend(query, key, value, scores, evict_logit, real)
+        attend = self.layers[layer_idx].attend
+        output = self._in_all_layers(attend, query, key, value, scores, evict_logit, real)
         return _NoBackward.apply(query, output) if torch.is_grad_enabled() and query.requires_grad else output
 
     def _check(self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -157,6 +192,8 @@ class CompactCache(PolicyCache):
     @in_any_mode
     def release(self, rows: Tensor) -> None:
         """Makes the places `rows` [n] empty and gives their pages back at once."""
+        if self._torn is not None and self._torn <= set(rows.tolist()):
+            self._torn = None
         for layer in self.layers:
             if layer.slots is not None:
                 layer.release(rows)
@@ -174,10 +211,15 @@ class CompactCache(PolicyCache):
 
     # -- accounting --------------------------------------------------------------------------------------------------
     def live_slots(self) -> Tensor:
+        return self._stacked(lambda layer: layer.live())
+
+    def held_slots(self) -> Tensor:
+        """Slots on the device, [B, L, K]: the live ones, but for a rule that keeps some in host memory."""
         return self._stacked(lambda layer: layer.slots.get("length"))
 
     def _stacked(self, of: Callable[[CompactLayer], Tensor]) -> Tensor:
         """Something of each layer [B, K], for the rows in use, [B, L, K]."""
+        self._check_used()
         for layer in self.layers:
             layer.slots.rows = self.rows
         return torch.stack([of(layer) for layer in self.layers], dim=1)
@@ -185,6 +227,10 @@ class CompactCache(PolicyCache):
     def read_slots(self) -> Tensor:
         """Slots that the newest query attended to, [B, L, K]."""
         return self._stacked(lambda layer: layer.reads())
+
+    def _check_used(self) -> None:
+        if self.pool is None:
+            raise ValueError("this cache is empty, so there is nothing to count: run a forward with it first")
 
     @property
     def table_bytes(self) -> int:
@@ -200,6 +246,7 @@ class CompactCache(PolicyCache):
     @property
     def storage_factor(self) -> float:
         """Bytes of a slot's keys and values in the model's dtype, by the bytes stored of them, scales included."""
+        self._check_used()
         pool = self.pool
         stored = sum(s.data.element_size() * s.width for s in (pool.key, pool.value))
         stored += 0 if pool.key.scale is None else 8 / pool.page_size
@@ -208,13 +255,19 @@ class CompactCache(PolicyCache):
     @property
     def plain_bytes_per_token(self) -> int:
         """Bytes of a token's keys and values over all layers and heads, uncompressed, in the model's dtype."""
+        self._check_used()
         heads = sum(layer.slots.length.shape[1] for layer in self.layers)
         return heads * (self.pool.key.width + self.pool.value.width) * self._element_bytes
 
     def compression(self) -> Compression:
-        """What this cache saves now, over all its sequences: by eviction, by storage, and both in allocated bytes."""
+        """What this cache saves now, over all its sequences: by eviction, by storage, and both in allocated bytes.
+
+        Of the device's memory: what a rule keeps in host memory is not in the bytes.
+        """
+        self._check_used()
         seen = torch.stack([layer.slots.seen for layer in self.layers], 1).double()
-        live = torch.stack([layer.slots.length for layer in self.layers], 1).double()
+        self.rows = None
+        live = self.live_slots().double()
         tokens = float(seen.sum()) / len(self.layers)
         return Compression(
             tokens * live[0].numel() / max(1.0, float(live.sum())),

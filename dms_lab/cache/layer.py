@@ -9,6 +9,7 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
@@ -106,13 +107,21 @@ class CompactLayer(CacheLayerMixin):
         self.slots.select(indices)
         self._reads = None if self._reads is None else self._reads[indices]
 
+    def live(self) -> Tensor:
+        """Tokens that the rows in use hold, [B, K]."""
+        return self.slots.get("length")
+
     def release(self, rows: Tensor) -> None:
         """Makes the places `rows` [n] empty."""
         self.slots.release(rows)
+        if self._reads is not None:
+            self._reads[rows] = 0
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Makes the empty places `target` [n] hold what `source` [n] do."""
         self.slots.copy(source, target)
+        if self._reads is not None:
+            self._reads[target] = self._reads[source]
 
     # -- attention ---------------------------------------------------------------------------------------------------
     @in_any_mode
@@ -134,14 +143,17 @@ class CompactLayer(CacheLayerMixin):
         else:
             self.slots.note_columns(None, num_columns)
         count = torch.full((batch,), num_columns, device=key.device) if real is None else real.sum(1)
-        output = self._pieces(query, key, value, scores, logit, count)
+        output = self._pieces(query, key, value, scores, logit, count, is_padded=order is not None)
         if order is None:
             return output
         output = torch.zeros_like(output).scatter_(2, order[:, None, :, None].expand(output.shape), output)
         return output.masked_fill_(~real[:, None, :, None], 0.0)
 
-    def _pieces(self, query, key, value, scores, logit, count):
+    def _pieces(self, query, key, value, scores, logit, count, is_padded):
+        """Attends and stores piece by piece; a ranked rule up to the last token of the longest row."""
         outputs, start, total = [], 0, query.shape[2]
+        if is_padded and isinstance(self.cache.policy, RankedRule):  # which goes one by one
+            total = max(1, int(count.max()))
         while start < total:
             left = (count - start).clamp(min=0)
             stop = start + self._piece_size(total - start, left, scores)
@@ -152,7 +164,7 @@ class CompactLayer(CacheLayerMixin):
             else:
                 outputs.append(self._piece(*piece, scores, flags, left.clamp(max=stop - start)))
             start = stop
-        return torch.cat(outputs, 2)
+        return F.pad(torch.cat(outputs, 2), (0, 0, 0, query.shape[2] - total))
 
     def _piece_size(self, columns: int, left: Tensor, scores: Scores) -> int:
         """How many of the next columns go at once: a ranked rule decides after every token once its budget is near."""
@@ -216,10 +228,12 @@ class CompactLayer(CacheLayerMixin):
         if not note:
             slots.put("tail", tail)
         position = now[:, None].expand(address.shape).flatten()
+        if real is not None:  # what is written where nobody reads stays finite: it may be gathered, and masked
+            key, value = (x.masked_fill(~real[:, None, None, None], 0.0) for x in (key, value))
         pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
         ranked = isinstance(policy, RankedRule)
         held = self._slots()
-        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores):
+        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores) and not self.cache.reads_prompt:
             held = read_blocks(query, held, policy.budget // policy.block)
             self.note_reads(held.length)
         output, weights = decode(query, held, scores, want_weights=ranked)

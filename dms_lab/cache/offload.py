@@ -1,7 +1,7 @@
 """Paging, the rival that evicts nothing: what leaves the window goes to host memory, and comes back for every query.
 
     device: pages of the newest `window` tokens      host: [K, T, D] of all older ones, a store a sequence
-    layer i attends: its host tokens are there (fetched while layer i - 1 worked) | the copy of layer i + 1 begins
+    layer i attends: its host tokens are there (fetched while layer i - 1 worked) | the copy for layer i + 1 begins
 
 Equal to full attention. On a GPU host memory is pinned and the next layer's copy runs on a stream of its own; on a CPU both
 memories are the same one, and nothing is gained. Device memory: the window's pages, and the fetched tokens of two layers.
@@ -75,6 +75,9 @@ class OffloadingLayer(CompactLayer):
         self._stream: torch.cuda.Stream | None = None
         self._arrived: torch.cuda.Event | None = None
 
+    def live(self) -> Tensor:
+        return self.reads()  # nothing is evicted: host tokens are live too
+
     @property
     def host_bytes(self) -> int:
         """Bytes of host memory."""
@@ -133,8 +136,8 @@ class OffloadingLayer(CompactLayer):
         if slots.sliding is not None:
             return super()._piece(query, key, value, scores, logit, count)
         host_key, host_value, host_used = self._take_fetched(key, value)
-        if key.device.type == "cuda":  # elsewhere the copy would be no earlier than it is needed
-            self.cache.layers[(self.index + 1) % len(self.cache.layers)].prefetch(key, value)
+        if self.index + 1 < len(self.cache.layers):
+            self.cache.layers[self.index + 1].prefetch(key, value)
         address, position, in_use = slots.past()
         past_key, past_value = (
             store.read(address.flatten()).view(*address.shape, store.width) for store in (slots.pool.key, slots.pool.value)
@@ -168,7 +171,7 @@ class OffloadingLayer(CompactLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.stores, self._fetched, self._arrived = [], None, None
+        self.stores, self._fetched, self._arrived, self.fetched_bytes = [], None, None, 0
 
     def select(self, indices: Tensor) -> None:
         super().select(indices)

@@ -94,10 +94,13 @@ class PagePool:
         pages = self._free[(self._num_free - rank).clamp(min=0)].view(wanted.shape)
         self._num_free = self._num_free - rank[-1]
         pages = torch.where(wanted, pages, 0)
-        self.key.clear(pages)
-        self.value.clear(pages)
+        taken = pages.flatten()
+        if self.device.type == "cpu":  # elsewhere a look at which they are would wait for the device
+            taken = taken[taken > 0]
+        self.key.clear(taken)
+        self.value.clear(taken)
         if self.low is not None:
-            self.low[pages.flatten()], self.high[pages.flatten()] = torch.inf, -torch.inf
+            self.low[taken], self.high[taken] = torch.inf, -torch.inf
         return pages
 
     def give_back(self, pages: Tensor, held: Tensor) -> None:

@@ -134,6 +134,33 @@ class PolicyCache(Cache, ABC):
     """A Hugging Face cache with one policy for all layers, to which attention is left as well."""
 
     policy: Policy
+    _owner: str | None = None  # the attachment whose tokens it holds
+    _is_announced: bool = False  # a forward that leaves attention to this cache is under way
+
+    def announce(self, owner: str) -> None:
+        """Lets the next forward of the attachment `owner` in; `ValueError` if the cache holds tokens of another."""
+        if self._owner not in (None, owner):
+            raise ValueError(
+                "this cache holds tokens of another model or of another attachment to it; make a new cache for each, or "
+                "call reset() on this one"
+            )
+        self._owner, self._is_announced = owner, True
+
+    def close(self) -> None:
+        """Ends a forward that was announced."""
+        self._is_announced = False
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self._is_announced:
+            raise ValueError(
+                f"a {type(self).__name__} works with a retrofitted model alone, and this one is not, or no longer: attach "
+                "with dms_lab.retrofit(model, config), or dms_lab.retrofit(model, None) for policies without a predictor"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        super().reset()
+        self._owner = None
 
     @abstractmethod
     def attend(

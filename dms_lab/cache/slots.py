@@ -104,9 +104,9 @@ class SlotTable:
         """Gives a page to every head that grows by one slot beyond its last page."""
         page_size = self.pool.page_size
         self._longest += 1
-        if self._longest > self.table.shape[2] * page_size:
+        if self._longest > self.table.shape[2] * page_size:  # looked at once in a page's length of steps at most
             self._longest = int(self.length.max()) + 1
-            self._widen(-(-self._longest // page_size))
+            self._widen(-(-self._longest // page_size) + 1)
         wanted = grown & (length % page_size == 0)
         new, where = self.pool.take(wanted), (length // page_size)[:, :, None].clamp(max=self.table.shape[2] - 1)
         table = self.get("table")
@@ -206,8 +206,9 @@ class SlotTable:
         index = torch.arange(table.shape[2], device=table.device)
         wanted = (index >= had[:, :, None]) & (index < need[:, :, None])
         table = torch.where(wanted, self.pool.take(wanted), table)
-        self.pool.give_back(table, (index >= need[:, :, None]) & (index < had[:, :, None]))
-        self.put("table", table)
+        gone = (index >= need[:, :, None]) & (index < had[:, :, None])
+        self.pool.give_back(table, gone)
+        self.put("table", table.masked_fill(gone, 0))
 
     def _turn_ring(self, flags: Tensor | None, count: Tensor, *groups: tuple[Tensor, Tensor, Tensor]) -> None:
         """Rebuilds the ring after `count` [B] new tokens from (position, slot, in use) of old and new tokens."""
@@ -250,7 +251,7 @@ class SlotTable:
     def release(self, rows: Tensor) -> None:
         """Gives all pages of the sequences `rows` [n] back at once and makes their places empty."""
         self.pool.give_back(self.table[rows], self._held()[rows])
-        for name in ("length", "seen", "tail"):
+        for name in ("table", "length", "seen", "tail"):
             getattr(self, name)[rows] = 0
         self.victim[rows] = self.freed_at[rows] = -1
 

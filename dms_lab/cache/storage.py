@@ -54,9 +54,13 @@ class SlotStore:
             self.scale = scale
 
     def clear(self, pages: Tensor) -> None:
-        """Lets a page that was taken anew choose its own scale."""
+        """Empties pages [n] that are taken anew: no number of their last holder is left, and they choose their own scale.
+
+        A slot that is not in use is masked, not skipped, and zero times NaN is NaN.
+        """
+        _bits(self.data)[pages] = 0
         if self.scale is not None:
-            self.scale[pages.flatten()] = _LEAST_SCALE
+            self.scale[pages] = _LEAST_SCALE
 
     def copy_pages(self, source: Tensor, target: Tensor) -> None:
         """Copies whole pages, `source` [N] to `target` [N]."""
