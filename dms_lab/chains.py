@@ -34,9 +34,10 @@ class Settings:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "places", "prefill_chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_new_tokens", "places", "prefill_chunk", "num_pages", "page_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve={self.reserve} is a share of the pool; use 0 to below 1, 0.05 is usual")
 
@@ -87,6 +88,10 @@ def unfit(prompt: Prompt, max_new_tokens: int, model: PreTrainedModel) -> str | 
     limit = model.config.get_text_config().max_position_embeddings
     if not prompt.ids:
         return f"prompt {prompt.problem} is empty; a prompt needs at least one token"
+    size = model.get_input_embeddings().weight.shape[0]
+    low, high = min(prompt.ids), max(prompt.ids)
+    if low < 0 or high >= size:
+        return f"prompt {prompt.problem} has token ids from {low} to {high}; the model knows 0 to {size - 1}"
     if len(prompt.ids) + max_new_tokens > limit:
         return (
             f"prompt {prompt.problem} has {len(prompt.ids)} tokens; with max_new_tokens={max_new_tokens} it exceeds the "

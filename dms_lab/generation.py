@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dms_lab.attachment import Retrofit
 from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PoolExhausted
-from dms_lab.cache.policy import Policy
+from dms_lab.cache.policy import Policy, ReadingRule
 from dms_lab.chains import Chain, Generated, Prompt, Settings, unfit
 from dms_lab.sampling import Sampler, SamplingConfig, chain_generator
-from dms_lab.structure import output_head
+from dms_lab.structure import num_kv_heads, output_head
 
 _WAVE_TOKENS = 16384  # of prompts that are prefilled together, padding included
 
@@ -52,6 +52,12 @@ class Engine:
             chunk=settings.prefill_chunk,
             apart=settings.deterministic,
         )
+        # Where a chunk of tokens is computed otherwise than one by one, what a chain said goes through decode steps again.
+        self._replays = settings.deterministic or settings.storage != "model" or isinstance(policy, ReadingRule)
+        self._num_heads = sum(num_kv_heads(attention) for attention in handle.attentions)
+        self._is_running = False
+        self._started, self._num_generated = time.monotonic(), 0
+        self._unshared: set[tuple] = set()  # prompts of which two copies do not fit
         self._template: tuple[tuple, Tensor] | None = None  # the prompt in the last place, and the logits after it
         self._waiting: deque[Chain] = deque()
         self._active: dict[int, Chain] = {}
@@ -65,8 +71,12 @@ class Engine:
     ) -> Iterator[Generated]:
         """Yields each chain as it ends. A chain that cannot run ends with `finish_reason="error"`; the others go on.
 
-        `on_token` is called with a chain's prompt and ids after each new token.
+        `on_token` is called with a chain's prompt and ids after each new token. Raises `ValueError` while another run of
+        this engine is open.
         """
+        if self._is_running:
+            raise ValueError("this engine is running already: exhaust or close that run first, or make another engine")
+        self._is_running = True
         self._on_token, self._started, self._num_generated = on_token, time.monotonic(), 0
         self._waiting.extend(
             Chain(p, chain_generator(self.sampling.seed, p.problem, p.chain), self.sampler.stop_rule()) for p in prompts
@@ -75,10 +85,12 @@ class Engine:
             while self._waiting or self._active:
                 yield from self._admit()
                 yield from self._step()
-        finally:
+        finally:  # whatever ended the run, a prompt half read included
             self._waiting.clear()
-            self._release([*self._active])
-            self._drop_template()
+            self._active.clear()
+            self._unshared.clear()
+            self._template, self._is_running = None, False
+            self.cache.release(self._rows(range(self.settings.places + 1)))
 
     @property
     def tokens_per_second(self) -> float:
@@ -130,7 +142,7 @@ class Engine:
             self._active[chain.place] = chain
             self._num_admitted += 1
             chain.order, chain.next = self._num_admitted, 0
-            if self.settings.deterministic and chain.ids:
+            if self._replays and chain.ids:
                 continue  # what it said goes through the same decode steps again
             # A chain that begins anew took its newest token in with the others: that stands for the step it missed.
             self._note(chain, mine, prefill=not chain.ids)
@@ -141,9 +153,9 @@ class Engine:
 
     def _shares_prompt(self, chain: Chain) -> bool:
         """Whether a chain's prompt is in the last place, or the next one waiting has the same."""
-        if not self._is_fresh(chain):
-            return False
         name = (chain.prompt.problem, tuple(chain.prompt.ids))
+        if not self._is_fresh(chain) or name in self._unshared:
+            return False
         if self._template is not None and self._template[0] == name:
             return True
         return self._is_followed(chain, 1)
@@ -154,7 +166,8 @@ class Engine:
         return other is not None and (other.problem, other.ids) == (chain.prompt.problem, chain.prompt.ids)
 
     def _is_fresh(self, chain: Chain) -> bool:
-        return self.settings.deterministic or not chain.ids
+        """Whether a chain's prompt alone is prefilled, and not what it said before it had to begin anew."""
+        return self._replays or not chain.ids
 
     def _has_room(self, chains: list[Chain]) -> bool:
         """Whether the pages that chains held, or that their prompts take uncompressed, are free beside the reserve."""
@@ -166,8 +179,7 @@ class Engine:
 
     def _pages_of(self, num_tokens: int) -> int:
         """Pages of a sequence of which nothing is evicted."""
-        heads = len(self.cache.layers) * self.cache.layers[0].slots.length.shape[1]
-        return heads * -(-num_tokens // self.cache.page_size)
+        return self._num_heads * -(-num_tokens // self.cache.page_size)
 
     def _no_room(self, wave: list[Chain], exhausted: PoolExhausted) -> Iterator[Generated]:
         """Prompts did not fit: they wait while others run, and one that had the pool to itself is refused."""
@@ -175,6 +187,8 @@ class Engine:
         held = sum(self._pages([*places, self.settings.places]))
         self._release(places)
         had_company = self._active or self._template is not None or len(wave) > 1
+        if self._template is not None:  # its prompt may fit once and not twice
+            self._unshared.add(self._template[0])
         self._drop_template()
         self.cache.release(self._rows([self.settings.places]))
         self._at_once = 0  # one by one, until one fits
@@ -189,7 +203,7 @@ class Engine:
         most = self._pages_of(len(chain.prompt.ids) + self.settings.max_new_tokens)
         return (
             f"a pool of {self.settings.num_pages} pages is too small for this sequence alone: within {len(chain.known)} "
-            f"tokens it needs {needed}; {most} are enough in any case ({self.cache.page_size} slots each)"
+            f"tokens it needs more than {needed - 1}; {most} are enough in any case ({self.cache.page_size} slots each)"
         )
 
     # -- prefill -----------------------------------------------------------------------------------------------------
@@ -199,7 +213,7 @@ class Engine:
         if len(wave) > 1 or not self._is_fresh(chain):
             return self._forward_prompts([c.known for c in wave], [c.place for c in wave])
         last, name = self.settings.places, (chain.prompt.problem, tuple(chain.prompt.ids))
-        is_shared = self._is_followed(chain, 0)
+        is_shared = self._is_followed(chain, 0) and name not in self._unshared
         if self._template is None or self._template[0] != name:
             if not is_shared:
                 return self._forward_prompts([chain.prompt.ids], [chain.place])
@@ -224,15 +238,18 @@ class Engine:
             real = column < counts[:, None]
             positions = (start + torch.minimum(column, counts[:, None] - 1)).to(self.device)
             is_even = bool(real.all()) and not self.settings.deterministic
-            hidden = self._forward(ids, positions, [places[row] for row in rows], None if is_even else real.to(self.device))
+            mine, real = [places[row] for row in rows], None if is_even else real.to(self.device)
+            hidden = self._forward(ids, positions, mine, real, is_prompt=True)
             for index, row in enumerate(rows):
                 if len(prompts[row]) <= start + size:
                     logits[row] = self.head(hidden[index : index + 1, counts[index] - 1])
         return torch.cat([logits[row] for row in range(len(prompts))])
 
-    def _forward(self, ids: Tensor, positions: Tensor, places: Sequence[int], real: Tensor | None) -> Tensor:
+    def _forward(
+        self, ids: Tensor, positions: Tensor, places: Sequence[int], real: Tensor | None, is_prompt: bool
+    ) -> Tensor:
         """Last hidden states [R, C, hidden] of new tokens [R, C] for the sequences in `places`."""
-        self.cache.rows = self._rows(places)
+        self.cache.rows, self.cache.reads_prompt = self._rows(places), is_prompt
         plan = self.handle.hard(self.cache, real)
         base = self.model.get_decoder()
         return base(
@@ -245,7 +262,7 @@ class Engine:
     # -- decoding ----------------------------------------------------------------------------------------------------
     def _step(self) -> Iterator[Generated]:
         """One token for every active chain."""
-        yield from self._make_room()
+        self._make_room()
         if not self._active:
             return
         chains = [self._active[place] for place in sorted(self._active)]
@@ -259,10 +276,11 @@ class Engine:
         for row, chain in zip(rows, chains, strict=True):
             ids[row], positions[row] = chain.ids[chain.next], len(chain.prompt.ids) + chain.next
         try:
-            hidden = self._forward(ids.to(self.device), positions.to(self.device), places, real)
+            hidden = self._forward(ids.to(self.device), positions.to(self.device), places, real, is_prompt=False)
         except PoolExhausted as exhausted:  # only a chain that had the pool to itself
             (chain,) = chains
             needed = self._pages([chain.place])[0] + exhausted.needed
+            self._release(places)  # with `deterministic`, the empty ones took part
             yield self._ended(chain, "error", self._too_small(chain, needed))
             return
         logits = self.head(hidden[:, -1])[rows]
@@ -275,7 +293,7 @@ class Engine:
         if fresh:
             yield from self._choose([chains[i] for i in fresh], logits[fresh])
 
-    def _make_room(self) -> Iterator[Generated]:
+    def _make_room(self) -> None:
         """Sends the youngest chains back to waiting until the pool surely has what the next step can take."""
         pool = self.cache.pool
         if pool is None or pool.grows:
@@ -292,8 +310,6 @@ class Engine:
             self._release([youngest.place])
             youngest.preemptions += 1
             self._waiting.appendleft(youngest)
-        return
-        yield
 
     def _choose(self, chains: list[Chain], logits: Tensor) -> Iterator[Generated]:
         """Draws the next token of each chain, ends those that are done."""
@@ -347,7 +363,7 @@ class Engine:
 
     def _lengths(self, places: list[int]) -> Tensor:
         self.cache.rows = self._rows(places)
-        return self.cache.live_slots()
+        return self.cache.held_slots()
 
     def _pages(self, places: list[int]) -> list[int]:
         """Pages that the sequences in `places` hold."""
@@ -358,8 +374,8 @@ class Engine:
 
     def _held(self, places: list[int]) -> list[tuple[float, float, int]]:
         """Of each sequence: live slots and slots read in a step, mean over layers and heads, and bytes."""
-        live, read = self._lengths(places), self.cache.read_slots()
-        pages = (-(-live // self.cache.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
+        slots, live, read = self._lengths(places), self.cache.live_slots(), self.cache.read_slots()
+        pages = (-(-slots // self.cache.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
         tables = self.cache.table_bytes // (self.settings.places + 1)
         counts = (live.double().mean((1, 2)), read.double().mean((1, 2)), pages + tables)
         return list(zip(*(x.tolist() for x in counts), strict=True))
@@ -393,6 +409,8 @@ def generate_greedy(
     for prompt in wanted:
         if problem := unfit(prompt, max_new_tokens, model):
             raise ValueError(problem)
+    if not wanted:
+        return []
     settings = Settings(max_new_tokens, min(batch_size, len(prompts)))
     engine = Engine(model.dms_retrofit, make_policy(), settings, SamplingConfig(), [end_id])
     results = {found.problem: found for found in engine.run(wanted)}

@@ -279,3 +279,85 @@ def test_impossible_settings_are_refused():
         Settings(places=0)
     with pytest.raises(ValueError, match="share of the pool"):
         Settings(reserve=1.0)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("num_pages", range(10, 45, 3))
+def test_a_shared_prompt_is_answered_or_refused_whatever_the_pool(handle, num_pages, deterministic):
+    """The prompt fits not at all, once, or twice: no pool makes the engine go round in circles."""
+    prompts = [Prompt("p", list(range(10, 40)), chain) for chain in range(3)]
+    settings = {"num_pages": num_pages, "page_size": 8, "max_new_tokens": 8, "deterministic": deterministic, "eos": ()}
+    found = chains(handle, prompts, FullPolicy, **settings)
+    assert len(found) == 3
+    if num_pages < 4 * 5:  # layers and KV heads, pages of the prompt and what follows
+        assert {g.finish_reason for g in found.values()} == {"error"}
+        assert all("20 are enough in any case" in g.error for g in found.values())
+    else:
+        assert tokens(found) == tokens(chains(handle, prompts, FullPolicy, **(settings | {"num_pages": None})))
+
+
+@pytest.mark.parametrize("storage", ["model", "fp8"])
+@pytest.mark.parametrize("name", RULES)
+def test_keys_that_are_not_finite_spoil_their_own_chain_alone(handle, name, storage):
+    with torch.no_grad():
+        handle.model.get_input_embeddings().weight[999] = float("nan")
+    bad, good = Prompt("bad", [999] * 40), [Prompt(f"g{i}", list(range(20 + i, 60))) for i in range(3)]
+    settings = {"make": RULES[name], "storage": storage, "max_new_tokens": 6, "eos": ()}
+    wanted = tokens(chains(handle, good, **settings))
+    for places in (1, 3):
+        found = chains(handle, [bad, *good], places=places, **settings)
+        assert found["bad", 0].finish_reason == "error"
+        assert {key: value for key, value in tokens(found).items() if key[0] != "bad"} == wanted
+
+
+@pytest.mark.parametrize("shared", [1, 3])
+def test_a_run_that_raises_in_a_prompt_leaves_an_empty_engine(handle, shared, monkeypatch):
+    engine = Engine(handle, handle.policy(), Settings(6, places=2, page_size=4, prefill_chunk=8), SAMPLED, [3])
+    prompts = [Prompt("p", list(range(10, 40)), chain) for chain in range(shared)]
+    forward, calls = Engine._forward, []
+
+    def fail(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "_forward", fail)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.run(prompts))
+    again = {(g.problem, g.chain): g for g in engine.run(prompts)}
+    assert tokens(again) == tokens(chains(handle, prompts, max_new_tokens=6))
+
+
+def test_a_second_run_of_an_engine_waits_for_the_first(handle):
+    engine = Engine(handle, handle.policy(), Settings(6, places=2), SAMPLED, [3])
+    first = engine.run(MANY)
+    next(first)
+    with pytest.raises(ValueError, match="running already"):
+        next(engine.run(MANY))
+    first.close()
+    assert len(list(engine.run(MANY[:2]))) == 2
+
+
+def test_a_token_that_the_model_does_not_know_ends_its_chain_alone(handle):
+    found = chains(handle, [Prompt("far", [5, 10**6]), Prompt("good", [5, 6])], max_new_tokens=4)
+    assert "token ids from 5 to 1000000" in found["far", 0].error
+    assert found["good", 0].error is None
+    assert generate_greedy(handle.model, handle.policy, [], 4, 3) == []
+
+
+def test_a_prompt_is_read_whole_however_its_chunks_end(handle):
+    """Quest reads a part in decode steps only; a last chunk of one token is no decode step."""
+    prompt = [Prompt("p", list(range(10, 43)))]  # 33 tokens
+    by_chunk = [chains(handle, prompt, RULES["quest"], prefill_chunk=size, eos=()) for size in (16, 33)]
+    assert tokens(by_chunk[0]) == tokens(by_chunk[1])
+
+
+@pytest.mark.parametrize(("name", "storage"), [("quest", "model"), ("dms", "int8"), ("full", "fp8")])
+def test_what_a_preempted_chain_said_is_said_again_step_by_step(handle, name, storage):
+    """Where a chunk is computed otherwise than its tokens one by one, a chain that begins anew replays its steps."""
+    roomy = chains(handle, make=RULES[name], storage=storage)
+    tight = chains(handle, make=RULES[name], storage=storage, num_pages={"dms": 90}.get(name, 130))
+    assert sum(g.preemptions for g in tight.values()) > 0
+    assert tokens(tight) == tokens(roomy)
+    assert {k: g.usage.kv_reads for k, g in tight.items()} == {k: g.usage.kv_reads for k, g in roomy.items()}
