@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -23,14 +23,19 @@ _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pag
 
 
 def run_hash(config: GenerateConfig, model: ModelConfig) -> str:
-    """12 hex digits over what decides the tokens: model, checkpoint, policy, sampling."""
+    """12 hex digits over what decides the tokens beside the prompt: model, checkpoint (its bytes), policy, sampling."""
     parts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_HASHED}
     parts |= {"path": model.path, "dtype": model.dtype}
     if config.deterministic:  # the shapes of the matrices are part of the promise
         parts |= {"places": config.places}
     if config.checkpoint is not None:
-        folder = Path(config.checkpoint)
-        parts["checkpoint"] = [(folder / METADATA).read_text(), (folder / WEIGHTS).stat().st_size]
+        for name in (METADATA, WEIGHTS):
+            with (Path(config.checkpoint) / name).open("rb") as file:
+                parts[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _digest(parts)
+
+
+def _digest(parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -50,63 +55,85 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, chat: bool, cha
     if not path.is_file():
         raise ValueError(f"prompts={path} is no file; give a JSONL file with a prompt or messages in each line")
     found: dict[int | str, list[int]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
+        if not line and number == len(lines):
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not a JSON object ({error.msg})") from error
-        content = (row.get("prompt") or row.get("messages")) if isinstance(row, dict) else None
-        if not isinstance(content, str | list):
-            raise ValueError(f'{where} has neither a "prompt" (text) nor "messages" (a list of role and content)')
-        name = row.get("id", number)
+        name = row.get("id", number) if isinstance(row, dict) else None
         if not isinstance(name, int | str) or name in found:
             raise ValueError(f'{where} has "id" {name!r}: an id is a whole number or a text, and no two are the same')
-        found[name] = encode(content, tokenizer, chat)
+        found[name] = encode(_content(row, where), tokenizer, chat)
     if not found:
         raise ValueError(f"{path} is empty; give a JSONL file with a prompt or messages in each line")
     return [Prompt(name, ids, chain) for name, ids in found.items() for chain in range(chains)]
 
 
-class AnswerFile:
-    """The answers of one run at `path`. Opened anew, it knows what is done; a line cut off by a stop is taken away.
+def _content(row: dict, where: str) -> str | list[dict]:
+    """What a line asks; raises `ValueError` unless it is a text or a conversation."""
+    if isinstance(row.get("prompt"), str):
+        return row["prompt"]
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
+        return messages
+    raise ValueError(
+        f'{where} has neither a "prompt" (a text) nor "messages" (a list of objects with "role" and "content", both texts)'
+    )
 
-    Raises `ValueError` if the file holds lines of another run, and leaves it as it is then.
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+class AnswerFile:
+    """The answers to `prompts` at `path`, a line a chain. Opened anew, it knows which prompts are `left`.
+
+    A line that a stop cut off, and lines of chains that ended in an error, are taken away: they are done again. Raises
+    `ValueError` if the file holds lines of another run or to another prompt of the same id, and leaves it as it is then.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
+    def __init__(self, path: Path, run: str, prompts: Sequence[Prompt]) -> None:
         self.path, self.run = path, run
-        self.done: set[tuple[int | str, int]] = set()
-        whole = 0
-        for number, line in self._lines():
-            try:
-                row = json.loads(line)
-                key, mine = (row["id"], row["chain"]), row["run"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                if not line.endswith(b"\n"):
-                    break
-                raise ValueError(f"{path}:{number} is no answer of dms_lab.generate; give another out=") from error
-            if mine != run:
-                raise ValueError(
-                    f"{path} holds answers of run {mine}, this is run {run}: something that decides the tokens differs "
-                    "(model, checkpoint, policy, sampling); give another out="
-                )
-            self.done.add(key)
-            whole += len(line)
-        if path.is_file() and whole < path.stat().st_size:
-            os.truncate(path, whole)
+        self._asked = {prompt.problem: _digest(prompt.ids) for prompt in prompts}
+        done, kept = set(), []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                continue
+            row = self._parsed(line, f"{path}:{number}")
+            if row["finish_reason"] != "error":
+                done.add((row["id"], row["chain"]))
+                kept.append(line)
+        self.left = [prompt for prompt in prompts if (prompt.problem, prompt.chain) not in done]
+        if len(kept) < len(lines):
+            temporary = path.with_name(path.name + ".tmp")
+            temporary.write_bytes(b"".join(kept))
+            temporary.replace(path)
 
-    def _lines(self) -> Iterator[tuple[int, bytes]]:
-        if self.path.is_file():
-            with self.path.open("rb") as file:
-                yield from enumerate(file, 1)
+    def _parsed(self, line: bytes, where: str) -> dict:
+        try:
+            row = json.loads(line)
+            key, run, asked, _ = row["id"], row["run"], row["prompt_hash"], (row["chain"], row["finish_reason"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{where} is no answer of dms_lab.generate; give another out=") from error
+        if run != self.run:
+            raise ValueError(
+                f"{where} is an answer of run {run}, this is run {self.run}: something that decides the tokens differs "
+                "(model, checkpoint, policy, sampling); give another out="
+            )
+        if asked != self._asked.get(key, asked):
+            raise ValueError(f"{where} answers another prompt of the id {key!r} than is asked now; give another out=")
+        return row
 
     def append(self, found: Generated) -> None:
         """Adds one answer, whole, and waits until the disk has it."""
-        row = {"id": found.problem, "chain": found.chain, "run": self.run} | {
-            name: value for name, value in dataclasses.asdict(found).items() if name not in ("problem", "chain")
-        }
+        values = {name: value for name, value in dataclasses.asdict(found).items() if name not in ("problem", "chain")}
+        row = {"id": found.problem, "chain": found.chain, "run": self.run, "prompt_hash": self._asked[found.problem]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(json.dumps(row | values).encode() + b"\n")
             os.fsync(file.fileno())

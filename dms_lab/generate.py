@@ -53,7 +53,7 @@ def run(config: "GenerateConfig") -> None:
         stream(build_engine(config, model, tokenizer), [Prompt(0, ids, chain) for chain in range(config.chains)])
         return
     prompts = answers.read_prompts(Path(config.prompts), tokenizer, config.chat, config.chains)
-    file = answers.AnswerFile(Path(config.out), answers.run_hash(config, model))
+    file = answers.AnswerFile(Path(config.out), answers.run_hash(config, model), prompts)
     batch(partial(build_engine, config, model, tokenizer), prompts, file)
 
 
@@ -97,7 +97,7 @@ def build_engine(config: "GenerateConfig", model: "ModelConfig", tokenizer: "Pre
 
 
 def stream(engine: "Engine", prompts: "list[Prompt]") -> None:
-    """Prints one chain as it comes, several one after the other; raises `ValueError` for one that cannot be answered."""
+    """Prints one chain as it comes, several one after the other; exit status 1 if one could not be answered."""
     import torch
     from transformers import TextStreamer
 
@@ -106,19 +106,17 @@ def stream(engine: "Engine", prompts: "list[Prompt]") -> None:
     for answer in engine.run(prompts, streamer and (lambda prompt, ids: streamer.put(torch.tensor(ids[-1:])))):
         if streamer is not None:
             streamer.end()
-        if answer.error:
-            raise ValueError(answer.error)
-        if streamer is None:
+        elif not answer.error:
             print(f"--- chain {answer.chain}\n{answer.text}")
         found.append(answer)
-    print(summary(engine, found))
+    report(engine, found)
 
 
 def batch(make_engine, prompts: "list[Prompt]", file: "AnswerFile") -> None:
     """Answers what `file` does not hold yet, with a bar. Errors stand in their lines, and make the exit status 1."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    left = [p for p in prompts if (p.problem, p.chain) not in file.done]
+    left = file.left
     if not left:
         print(f"all {len(prompts)} chains are in {file.path} already")
         return
@@ -131,6 +129,11 @@ def batch(make_engine, prompts: "list[Prompt]", file: "AnswerFile") -> None:
             found.append(answer)
             bar.advance(task)
     print(f"{len(prompts)} chains in {file.path}, {len(left)} of them new")
+    report(engine, found)
+
+
+def report(engine: "Engine", found: "list[Generated]") -> None:
+    """Prints the accounting of what was answered, then a sentence for each chain that was not, and exits with 1 then."""
     answered = [answer for answer in found if not answer.error]
     if answered:
         print(summary(engine, answered))

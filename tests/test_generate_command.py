@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from test_commands import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dms_lab.accounting import Tally
 from dms_lab.answers import AnswerFile, encode, read_prompts
 from dms_lab.attachment import retrofit
-from dms_lab.chains import Generated, Settings
+from dms_lab.chains import Generated, Prompt, Settings
 from dms_lab.checkpoint import fingerprint, save_checkpoint
 from dms_lab.config import resolve_generate
 from dms_lab.generate import batch, with_quoted_prompt
@@ -72,7 +73,7 @@ def test_a_file_is_answered_and_the_same_command_goes_on(tmp_path, checkpoint):
     assert "8 chains in answers.jsonl, 5 of them new" in run("generate", *words, "places=3", cwd=tmp_path)
     assert {(r["id"], r["chain"]): r["ids"] for r in map(json.loads, out.read_text().splitlines())} == whole
     before = out.read_bytes()
-    assert "holds answers of run" in run("generate", *words, "seed=1", cwd=tmp_path, code=1)
+    assert "is an answer of run" in run("generate", *words, "seed=1", cwd=tmp_path, code=1)
     assert out.read_bytes() == before
 
 
@@ -115,6 +116,8 @@ def test_prompts_that_cannot_be_read_are_named_by_file_and_line(tmp_path, base_f
     for line, sentence in (
         ("{", "p.jsonl:2 is not a JSON object"),
         ('{"text": "a"}', 'p.jsonl:2 has neither a "prompt"'),
+        ('{"messages": ["hi"]}', 'p.jsonl:2 has neither a "prompt"'),
+        ('{"messages": []}', 'p.jsonl:2 has neither a "prompt"'),
         ('{"id": 1, "prompt": "b"}', 'p.jsonl:2 has "id" 1'),
     ):
         path.write_text('{"prompt": "a"}\n' + line + "\n")
@@ -125,6 +128,8 @@ def test_prompts_that_cannot_be_read_are_named_by_file_and_line(tmp_path, base_f
         read_prompts(path, tokenizer, False, 1)
     with pytest.raises(ValueError, match="is no file"):
         read_prompts(tmp_path / "none", tokenizer, False, 1)
+    path.write_text('{"prompt": "a\u2028b\x85"}\n{"prompt": ""}\n', encoding="utf-8")
+    assert [p.ids for p in read_prompts(path, tokenizer, False, 1)][1] == []
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template; add chat=false"):
         encode("a", tokenizer, True)
@@ -143,8 +148,27 @@ def test_a_file_that_is_no_answer_file_is_left_as_it_is(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"x": 1}\n')
     with pytest.raises(ValueError, match="is no answer"):
-        AnswerFile(path, "run")
+        AnswerFile(path, "run", [])
     assert path.read_text() == '{"x": 1}\n'
+
+
+def answered(problem, reason="eos"):
+    return Generated([7, 3], reason, Tally().request(3, 2), problem)
+
+
+def test_answers_to_other_prompts_are_refused_and_errors_are_done_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    prompts = [Prompt("a", [5, 6]), Prompt("b", [7])]
+    file = AnswerFile(path, "run", prompts)
+    file.append(answered("a"))
+    file.append(answered("b", "error"))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="jsonl:1 answers another prompt of the id 'a'"):
+        AnswerFile(path, "run", [Prompt("a", [5, 9]), *prompts[1:]])
+    assert path.read_bytes() == before
+    assert AnswerFile(path, "run", prompts).left == prompts[1:]
+    assert path.read_bytes() == before.splitlines(keepends=True)[0]
+    assert AnswerFile(path, "run", prompts[1:]).left == prompts[1:]
 
 
 def test_a_chain_that_fails_stands_in_the_file_and_the_others_are_answered(tmp_path, base_folder, capsys):
@@ -153,7 +177,7 @@ def test_a_chain_that_fails_stands_in_the_file_and_the_others_are_answered(tmp_p
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n{"prompt": "' + "b " * 600 + '"}\n{"prompt": "c"}\n')
     prompts = read_prompts(path, tokenizer, False, 1)
-    file = AnswerFile(tmp_path / "out.jsonl", "run")
+    file = AnswerFile(tmp_path / "out.jsonl", "run", prompts)
 
     def make():
         return Engine(handle, FullPolicy(), Settings(max_new_tokens=4, places=2), SamplingConfig(), [3], tokenizer)
@@ -164,5 +188,8 @@ def test_a_chain_that_fails_stands_in_the_file_and_the_others_are_answered(tmp_p
     assert {r["id"]: r["finish_reason"] == "error" for r in rows} == {1: False, 2: True, 3: False}
     assert "exceeds the model's 512 positions" in capsys.readouterr().err
     assert {f.name for f in dataclasses.fields(Generated)} - {"problem"} <= set(rows[0])
-    batch(make, prompts, AnswerFile(tmp_path / "out.jsonl", "run"))
-    assert "all 3 chains are in" in capsys.readouterr().out
+    again = AnswerFile(tmp_path / "out.jsonl", "run", prompts)
+    assert [p.problem for p in again.left] == [2]
+    prompts = [p for p in prompts if p.problem != 2]
+    batch(make, prompts, AnswerFile(tmp_path / "out.jsonl", "run", prompts))
+    assert "all 2 chains are in" in capsys.readouterr().out
