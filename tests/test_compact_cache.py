@@ -695,6 +695,8 @@ def test_a_cache_that_ran_out_of_pages_on_the_way_is_of_no_use_until_it_is_empti
             handle.model(ids, past_key_values=cache)
         with pytest.raises(ValueError, match="its layers hold different tokens"):
             handle.model(ids[:, :1], past_key_values=cache)
+        with pytest.raises(ValueError, match="its layers hold different tokens"):
+            cache.crop(-1)
         cache.reset()
         fresh = CompactCache(handle.policy(), page_size=4)
         again = [handle.model(ids[:, :9], past_key_values=c).logits for c in (cache, fresh)]

@@ -94,16 +94,19 @@ class CompactCache(PolicyCache):
 
     def _in_all_layers(self, function: Callable, *args):
         """`function`, which goes from layer to layer; if pages run out on the way, the cache is of no use until `reset`."""
-        if self._torn is not None:
-            raise ValueError(
-                "this cache ran out of pages in the middle of a forward or a selection, so its layers hold different "
-                "tokens: call reset() on it, or make a new one with more pages (num_pages)"
-            )
+        self._check_whole()
         try:
             return function(*args)
         except PoolExhausted:
             self._torn = set(range(self._num_rows())) if self.rows is None else set(self.rows.tolist())
             raise
+
+    def _check_whole(self) -> None:
+        if self._torn is not None:
+            raise ValueError(
+                "this cache ran out of pages in the middle of a forward or a selection, so its layers hold different "
+                "tokens: call reset() on it, or make a new one with more pages (num_pages)"
+            )
 
     def _num_rows(self) -> int:
         return max((layer.slots.length.shape[0] for layer in self.layers if layer.slots is not None), default=0)
@@ -117,6 +120,7 @@ class CompactCache(PolicyCache):
             raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: its blocks' bounds would stay wide")
         if tokens_to_remove and isinstance(self.policy, RankedRule) and self.policy.needs_total:
             raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: attention summed up stays summed up")
+        self._check_whole()
         for layer in self.layers:
             if tokens_to_remove and layer.slots is not None:
                 layer.slots.check_crop(-tokens_to_remove)
