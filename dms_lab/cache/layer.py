@@ -201,6 +201,8 @@ class CompactLayer(CacheLayerMixin):
             self._sum_weights(weights, address[in_use], in_use, count)
         if isinstance(policy, RankedRule) and slots.sliding is not None:
             slots.expire()
+        if isinstance(policy, ReadingRule):
+            self.note_reads(slots.get("length"))
         return output
 
     def _sum_weights(self, weights: Tensor, address: Tensor, in_use: Tensor, count: Tensor) -> None:
@@ -235,6 +237,7 @@ class CompactLayer(CacheLayerMixin):
         held = self._slots()
         if isinstance(policy, ReadingRule) and policy.selects(self.index, scores) and not self.cache.reads_prompt:
             held = read_blocks(query, held, policy.budget // policy.block)
+        if isinstance(policy, ReadingRule):
             self.note_reads(held.length)
         output, weights = decode(query, held, scores, want_weights=ranked)
         if ranked:
