@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dms_lab.chains import Generated, Prompt
 from dms_lab.checkpoint import METADATA, WEIGHTS
-from dms_lab.config import GenerateConfig, ModelConfig
+from dms_lab.config import ModelConfig
+from dms_lab.generation_config import GenerateConfig
 
 # What may change between a stop and the next start without another token coming out, near-ties apart.
 _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pages", "page_size", "reserve", "threads"}

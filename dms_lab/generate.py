@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
     from dms_lab.answers import AnswerFile
     from dms_lab.chains import Generated, Prompt
-    from dms_lab.config import GenerateConfig, ModelConfig
+    from dms_lab.config import ModelConfig
     from dms_lab.generation import Engine
+    from dms_lab.generation_config import GenerateConfig
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Answers one prompt or a file of them."""
-    from dms_lab.config import resolve_generate
+    from dms_lab.generation_config import resolve_generate
 
     try:
         run(resolve_generate(OmegaConf.to_container(cfg, resolve=True)))
@@ -173,7 +174,7 @@ def with_quoted_prompt(words: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    from dms_lab.config import generate_keys
+    from dms_lab.generation_config import generate_keys
 
     sys.argv = with_quoted_prompt(sys.argv)
     command_line(main, generate_keys())

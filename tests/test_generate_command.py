@@ -14,9 +14,9 @@ from dms_lab.answers import AnswerFile, encode, read_prompts
 from dms_lab.attachment import retrofit
 from dms_lab.chains import Generated, Prompt, Settings
 from dms_lab.checkpoint import fingerprint, save_checkpoint
-from dms_lab.config import resolve_generate
 from dms_lab.generate import batch, with_quoted_prompt
 from dms_lab.generation import Engine
+from dms_lab.generation_config import resolve_generate
 from dms_lab.policies import FullPolicy
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.sampling import SamplingConfig

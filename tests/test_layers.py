@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"eviction", "distillation", "accounting", "pareto", "config"},
+    {"eviction", "distillation", "accounting", "pareto", "config", "generation_config"},
     {"attention", "cache"},
     {"policies"},
     {

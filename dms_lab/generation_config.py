@@ -1,0 +1,80 @@
+"""What a run of `dms_lab.generate` is: its schema and validation. No heavy imports, as in `config`."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dms_lab.config import RIVALS, ModelConfig, build
+
+POLICIES = ("full", *RIVALS)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """A run of `dms_lab.generate`: what answers, what is asked, how tokens are chosen, what memory there is."""
+
+    model: ModelConfig | None
+    checkpoint: str | None
+    policy: str | None
+    budget: int | None
+    prompt: str | None
+    prompts: str | None
+    out: str | None
+    chat: bool
+    chains: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    stop_after: str | None
+    seed: int
+    places: int
+    num_pages: int | None
+    page_size: int | None
+    storage: str
+    prefill_chunk: int
+    reserve: float
+    deterministic: bool
+    threads: int | None
+
+
+def generate_keys() -> tuple[str, ...]:
+    """Every key of a command line of `dms_lab.generate`."""
+    own = sorted(f.name for f in dataclasses.fields(GenerateConfig))
+    return (*own, *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)))
+
+
+def resolve_generate(cfg: dict[str, Any]) -> GenerateConfig:
+    """A complete configuration of a generation from a composed one; `ValueError` for the first thing that is wrong."""
+    values = {key: value for key, value in cfg.items() if key != "data"}
+    model = values.pop("model", None)
+    if model is not None and model.get("path") in (None, "???"):
+        raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
+    built = None if model is None else build(ModelConfig, model, "model.")
+    config = build(GenerateConfig, values | {"model": built}, "")
+    if config.checkpoint is None and (config.model is None or config.policy is None):
+        raise ValueError(
+            "give checkpoint=<folder of a checkpoint>, or model=<name> policy=<rule> for a model as it is, "
+            f"with a policy of {', '.join(POLICIES)}"
+        )
+    if config.policy is not None and config.policy not in POLICIES:
+        raise ValueError(f"policy={config.policy!r} is not known; choose one of {', '.join(POLICIES)}")
+    if config.checkpoint is not None and config.policy is not None:
+        raise ValueError(f"policy={config.policy} is for a model without a checkpoint; leave one of the two out")
+    if config.policy in RIVALS and config.budget is None:
+        raise ValueError(f"policy={config.policy} needs budget=<live tokens per KV head>")
+    if config.policy not in RIVALS and config.budget is not None:
+        raise ValueError(f"budget={config.budget} is for {', '.join(RIVALS)}; nothing else has one")
+    if (config.prompt is None) == (config.prompts is None):
+        raise ValueError('give either prompt="a text" or prompts=<a JSONL file>')
+    if (config.prompts is None) != (config.out is None):
+        raise ValueError("prompts=<a JSONL file> needs out=<a JSONL file> for the answers, and out= is for nothing else")
+    for name in ("chains", "threads"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    return config
