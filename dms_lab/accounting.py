@@ -8,8 +8,11 @@
 | `measured_cr`   | logical tokens / live slots at the end of the request, prompt and window included                   |
 """
 
+from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -37,25 +40,53 @@ class Usage:
     num_requests: int
 
 
+@dataclass(frozen=True)
+class Trace:
+    """What one chain held and read, step by step: float64 [N] each, N its generated tokens.
+
+    Entry i is the state after the prompt and i generated tokens went through the model: `live` slots and slots `read` by
+    that forward (0 for the prompt), means over layers and KV heads, and the bytes held.
+    """
+
+    live: np.ndarray
+    read: np.ndarray
+    held_bytes: np.ndarray
+
+    def request(self, num_prompt: int, max_tokens: int | None = None) -> Request:
+        """The cost of the chain, or of the same chain ended after `max_tokens` generated tokens (at least 1)."""
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+        live, read, held_bytes = (x[:max_tokens] for x in (self.live, self.read, self.held_bytes))
+        if not len(live):
+            return Request(0.0, 0.0, 0.0, num_prompt, 0, 0.0)
+        return Request(
+            # One after the other, as a generation adds them: a sum in pairs may differ in the last digit.
+            float(np.cumsum(read)[-1]),
+            float(live.max()),
+            float(live[-1]),
+            num_prompt + len(live) - 1,  # the last token generated never went through the model
+            len(live),
+            float(held_bytes.max()),
+        )
+
+
 @dataclass
 class Tally:
-    """Adds up what one request holds and reads, step by step; counts are means over layers and KV heads."""
+    """Takes down what one chain holds and reads, step by step; counts are means over layers and KV heads."""
 
-    kv_reads: float = 0.0
-    peak_tokens: float = 0.0
-    live_tokens: float = 0.0
-    kv_bytes_peak: float = 0.0
+    live: array = field(default_factory=lambda: array("d"))
+    read: array = field(default_factory=lambda: array("d"))
+    held_bytes: array = field(default_factory=lambda: array("d"))
 
     def note(self, live: float, held_bytes: float, read: float | None) -> None:
         """Counts one forward that left `live` slots in `held_bytes`, after it `read` slots; None: a prefill."""
-        self.live_tokens = live
-        self.peak_tokens = max(self.peak_tokens, live)
-        self.kv_bytes_peak = max(self.kv_bytes_peak, held_bytes)
-        self.kv_reads += read or 0.0
+        self.live.append(live)
+        self.held_bytes.append(held_bytes)
+        self.read.append(read or 0.0)
 
-    def request(self, num_tokens: int, num_generated: int) -> Request:
-        """The cost of the request, given its logical tokens (prompt included) and those that it generated."""
-        return Request(self.kv_reads, self.peak_tokens, self.live_tokens, num_tokens, num_generated, self.kv_bytes_peak)
+    def trace(self) -> Trace:
+        """What was noted so far."""
+        return Trace(*(np.array(x) for x in (self.live, self.read, self.held_bytes)))
 
 
 def usage(requests: Iterable[Request]) -> Usage:

@@ -132,7 +132,8 @@ class AnswerFile:
 
     def append(self, found: Generated) -> None:
         """Adds one answer, whole, and waits until the disk has it."""
-        values = {name: value for name, value in dataclasses.asdict(found).items() if name not in ("problem", "chain")}
+        values = dataclasses.asdict(dataclasses.replace(found, trace=None))
+        values = {name: value for name, value in values.items() if name not in ("problem", "chain", "trace")}
         row = {"id": found.problem, "chain": found.chain, "run": self.run, "prompt_hash": self._asked[found.problem]}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:

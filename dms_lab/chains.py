@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from dms_lab.accounting import Request, Tally
+from dms_lab.accounting import Request, Tally, Trace
 from dms_lab.sampling import ChainGenerator, StopRule
 
 
@@ -59,6 +59,12 @@ class Generated:
     seconds_to_first_token: float | None = None
     preemptions: int = 0
     error: str | None = None
+    trace: Trace | None = None
+
+    @property
+    def ended_by_itself(self) -> bool:
+        """Whether the chain was done before it ran out of tokens."""
+        return self.finish_reason in ("eos", "stop")
 
 
 @dataclass

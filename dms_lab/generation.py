@@ -336,17 +336,18 @@ class Engine:
     def _ended(self, chain: Chain, reason: str, error: str | None = None) -> Generated:
         if chain.place in self._active and self._active[chain.place] is chain:
             self._release([chain.place])
+        trace = chain.tally.trace()
         return Generated(
             chain.ids,
             reason,
-            # The last token generated never went through the model.
-            chain.tally.request(len(chain.prompt.ids) + max(0, len(chain.ids) - 1), len(chain.ids)),
+            trace.request(len(chain.prompt.ids)),
             chain.prompt.problem,
             chain.prompt.chain,
             chain.rule.text(chain.ids) if self.tokenizer is not None else "",
             chain.first_token_after,
             chain.preemptions,
             error,
+            trace,
         )
 
     # -- pages -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ def test_full_attention_reads_the_sum_of_an_arithmetic_series():
     tally = Tally()
     for step in range(steps + 1):
         tally.note(prompt + step, 8 * (prompt + step), prompt + step if step else None)
-    request = tally.request(prompt + steps, steps)
+    request = tally.trace().request(prompt)
+    assert (request.num_tokens, request.num_generated) == (prompt + steps, steps + 1)
     assert request.kv_reads == steps * prompt + steps * (steps + 1) / 2
     assert request.peak_tokens == request.live_tokens == prompt + steps
     assert request.kv_bytes_peak == 8 * (prompt + steps)
@@ -33,7 +34,23 @@ def test_a_peak_that_shrinks_again_is_remembered_and_what_is_read_may_be_less_th
     tally.note(9, 90, None)
     tally.note(3, 30, 2)
     tally.note(4, 40, 2)
-    assert tally.request(10, 2) == Request(4, 9, 4, 10, 2, 90)
+    assert tally.trace().request(8) == Request(4, 9, 4, 10, 3, 90)
+
+
+def test_a_chain_cut_short_costs_what_it_had_cost_by_then():
+    tally = Tally()
+    for live, held, read in ((9, 90, None), (3, 30, 2), (11, 40, 2)):
+        tally.note(live, held, read)
+    trace = tally.trace()
+    assert trace.request(8, 1) == Request(0, 9, 9, 8, 1, 90)
+    assert trace.request(8, 2) == Request(2, 9, 3, 9, 2, 90)
+    assert trace.request(8, 3) == trace.request(8, 99) == trace.request(8)
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        trace.request(8, 0)
+
+
+def test_a_chain_that_never_ran_costs_nothing():
+    assert Tally().trace().request(5) == Request(0, 0, 0, 5, 0, 0)
 
 
 def test_merged_usages_equal_one_count_of_all_requests():

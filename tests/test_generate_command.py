@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_commands import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dms_lab.accounting import Tally
+from dms_lab.accounting import Request
 from dms_lab.answers import AnswerFile, encode, read_prompts
 from dms_lab.attachment import retrofit
 from dms_lab.chains import Generated, Prompt, Settings
@@ -153,7 +153,7 @@ def test_a_file_that_is_no_answer_file_is_left_as_it_is(tmp_path):
 
 
 def answered(problem, reason="eos"):
-    return Generated([7, 3], reason, Tally().request(3, 2), problem)
+    return Generated([7, 3], reason, Request(0.0, 0.0, 0.0, 3, 2, 0.0), problem)
 
 
 def test_answers_to_other_prompts_are_refused_and_errors_are_done_again(tmp_path):
@@ -187,7 +187,7 @@ def test_a_chain_that_fails_stands_in_the_file_and_the_others_are_answered(tmp_p
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {r["id"]: r["finish_reason"] == "error" for r in rows} == {1: False, 2: True, 3: False}
     assert "exceeds the model's 512 positions" in capsys.readouterr().err
-    assert {f.name for f in dataclasses.fields(Generated)} - {"problem"} <= set(rows[0])
+    assert {f.name for f in dataclasses.fields(Generated)} - {"problem", "trace"} <= set(rows[0])
     again = AnswerFile(tmp_path / "out.jsonl", "run", prompts)
     assert [p.problem for p in again.left] == [2]
     prompts = [p for p in prompts if p.problem != 2]
