@@ -233,12 +233,25 @@ class _Supervisor:
             return None
 
     def _end(self) -> None:
-        """Kills the process group; a sandbox dies with its parent, and all in it with its first process."""
+        """Ends everything: by the end of its input where it listens, else from the inside out, so that all are waited for.
+
+        A sandbox dies with its parent, and all in it with its first process.
+        """
+        self._process.stdin.close()
+        self._process.stdout.close()
+        if not self._ended_within(1):
+            for pid in _children(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self._ended_within(1)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        for pipe in (self._process.stdin, self._process.stdout):
-            pipe.close()
         self._process.wait()
+
+    def _ended_within(self, seconds: float) -> bool:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
 
 
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -246,6 +259,12 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 
 def _python() -> str:
     return os.path.realpath(sys.executable)
+
+
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _numpy_folders() -> list[Path]:
