@@ -243,10 +243,9 @@ class _Supervisor:
             for pid in _children(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self._ended_within(1)
-        with contextlib.suppress(ProcessLookupError):
+        if not self._ended_within(1):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+            self._process.wait()
 
     def _ended_within(self, seconds: float) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):
