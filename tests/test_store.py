@@ -87,6 +87,15 @@ def test_a_sample_comes_back_as_it_was(tmp_path_factory, steps, text):
     assert same(found, sample)
 
 
+def test_a_negative_zero_keeps_its_sign(tmp_path):
+    assert decode(encode(np.array([-0.0, 1.0]), 4), 4).tobytes() == np.array([-0.0, 1.0]).tobytes()
+    sample = make_sample(num_tokens=2, trace=Trace(np.array([0.0, -0.0]), np.array([-0.0, 0.0]), np.zeros(2)))
+    with SampleStore(tmp_path, "a") as writer:
+        writer.add(sample)
+        (found,) = writer.samples("aime", "r")
+    assert same(found, sample)
+
+
 def test_a_long_trace_takes_about_a_byte_a_step():
     rng = np.random.default_rng(0)
     totals = 50_000 + np.cumsum(rng.binomial(HEADS, 0.12, 32_768))
@@ -297,6 +306,12 @@ def test_another_version_and_other_databases_are_refused_and_an_empty_shard_is_n
         shard.execute("DROP TABLE meta")
     with pytest.raises(ValueError, match="is no sample store"):
         SampleStore(tmp_path).summaries()
+
+
+def test_commits_wait_for_the_disk_and_need_no_shared_memory(tmp_path):
+    with SampleStore(tmp_path, "a") as writer, writer._transaction() as shard:
+        assert shard.execute("PRAGMA synchronous").fetchone() == (2,)
+        assert shard.execute("PRAGMA journal_mode").fetchone() == ("truncate",)
 
 
 # -- writers that are killed -------------------------------------------------------------------------------------------

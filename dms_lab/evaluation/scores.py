@@ -161,7 +161,7 @@ def majority_accuracy(
     for code in range(len(names)):
         is_it = gives == code
         count, place = is_it.sum(1), is_it.argmax(1)
-        wins = (count > best) | ((count == best) & (count > 0) & (place < first))
+        wins = (count > best) | ((count == best) & (place < first))
         best, first = np.where(wins, count, best), np.where(wins, place, first)
     voted = np.asarray(scores, float)[chosen[np.arange(len(chosen)), first % width]]
     return float(np.where(best > 0, voted, 0.0).mean())
