@@ -91,8 +91,9 @@ class SampleStore:
 
     def add(self, sample: Sample) -> None:
         """The sample is on disk, in this writer's shard."""
+        row = to_row(sample)
         with self._transaction() as shard:
-            shard.execute(_insert("samples", SCALARS + BULK), to_row(sample))
+            shard.execute(_insert("samples", SCALARS + BULK), row)
 
     def add_verdict(self, sample_key: Key, max_tokens: int, grader: str, verdict: Verdict) -> None:
         """The verdict of `grader` (name, version) on a chain cut at `max_tokens` is on disk, and stands for older ones."""
