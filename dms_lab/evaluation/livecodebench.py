@@ -128,7 +128,7 @@ def extract_code(answer_text: str) -> str | None:
 def grade(doc: dict[str, Any], answer_text: str, limits: SandboxLimits, sandbox: str = "bubblewrap") -> Verdict:
     """1 iff the program in the answer passes all public and private tests of `doc`; the note has the first failure.
 
-    Tests after that are not run. Raises `SandboxError` where the sandbox failed, `ValueError` for tests that cannot be read.
+    Tests after that are not run. Raises `SandboxError` where the sandbox failed, `ValueError` for unreadable tests.
     """
     return _grade(doc, answer_text, limits, sandbox, threading.Event())
 
@@ -148,13 +148,11 @@ def _grade(doc: dict[str, Any], answer_text: str, limits: SandboxLimits, sandbox
         return not why and not stop.is_set()
 
     outcomes = run_tests(code, [test.input for test in tests], limits, sandbox, doc["fn_name"], go_on)
-    if not failures and len(outcomes) < len(tests):
-        go_on(len(outcomes) - 1, outcomes[-1])  # the sandbox ended, which no test can pass
-    return (
-        Verdict(0.0, note=failures[0] if failures else "stopped")
-        if len(outcomes) < len(tests) or failures
-        else Verdict(1.0)
-    )
+    if not failures and outcomes[-1].status != "ok":
+        go_on(len(outcomes) - 1, outcomes[-1])  # the sandbox ended, and nobody was asked
+    if not failures and len(outcomes) == len(tests):
+        return Verdict(1.0)
+    return Verdict(0.0, note=failures[0] if failures else "stopped")
 
 
 def why_wrong(outcome: TestOutcome, expected: str, is_function: bool) -> str:

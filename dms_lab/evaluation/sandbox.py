@@ -25,6 +25,7 @@ from pathlib import Path
 _SUPERVISOR = Path(__file__).with_name("sandbox_inside.py")
 _NOBODY = 65534
 _GRACE_SECONDS = 5  # for a supervisor to end what runs when the time of a problem is over
+_END_SECONDS = 1  # for a process that was asked to end
 _START_SECONDS = 60  # for a supervisor to be ready, on a machine under load
 _PACKAGES = "/packages"  # where the sandbox has numpy
 _OPTIONS = ("--disable-userns", "--size", "--as-pid-1")  # of bubblewrap 0.8
@@ -239,11 +240,11 @@ class _Supervisor:
         """
         self._process.stdin.close()
         self._process.stdout.close()
-        if not self._ended_within(1):
+        if not self._ended_within(_END_SECONDS):
             for pid in _children(self._process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        if not self._ended_within(1):
+        if not self._ended_within(_END_SECONDS):
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
