@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dms_lab.chains import Generated, Prompt
-from dms_lab.checkpoint import METADATA, WEIGHTS
+from dms_lab.checkpoint import file_hashes
 from dms_lab.config import ModelConfig
 from dms_lab.generation_config import GenerateConfig
 
@@ -30,9 +30,7 @@ def run_hash(config: GenerateConfig, model: ModelConfig) -> str:
     if config.deterministic:  # the shapes of the matrices are part of the promise
         parts |= {"places": config.places}
     if config.checkpoint is not None:
-        for name in (METADATA, WEIGHTS):
-            with (Path(config.checkpoint) / name).open("rb") as file:
-                parts[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        parts |= file_hashes(Path(config.checkpoint))
     return _digest(parts)
 
 

@@ -46,8 +46,9 @@ class Settings:
 class Generated:
     """One answered chain.
 
-    `finish_reason`: `eos`, `stop`, `length`, or `error` with the sentence in `error`. `seconds_to_first_token` counts from
-    its admission. `preemptions`: how often it had to begin anew for want of pages; that work is not in `usage`.
+    `finish_reason`: `eos`, `stop`, `length`, or `error` with the sentence in `error`. `seconds` and
+    `seconds_to_first_token` count from its last admission. `preemptions`: how often it had to begin anew for want of pages;
+    that work is not in `usage`. `trace`: what it held and read at every step.
     """
 
     ids: list[int]
@@ -60,11 +61,7 @@ class Generated:
     preemptions: int = 0
     error: str | None = None
     trace: Trace | None = None
-
-    @property
-    def ended_by_itself(self) -> bool:
-        """Whether the chain was done before it ran out of tokens."""
-        return self.finish_reason in ("eos", "stop")
+    seconds: float = 0.0
 
 
 @dataclass

@@ -57,6 +57,15 @@ class Metadata:
     schema_version: int = SCHEMA_VERSION
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file of a checkpoint, by name: what it is, wherever it lies."""
+    hashes = {}
+    for name in (METADATA, WEIGHTS):
+        with (folder / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
 def base_config_hash(model: PreTrainedModel) -> str:
     """12 hex digits over what decides the shapes of a base model."""
     config = model.config.get_text_config().to_dict()

@@ -1,32 +1,72 @@
-"""Repeat the evaluation of a finished run: ``python -m dms_lab.evaluate checkpoint=runs/tiny-cr8-w16-...``."""
+"""Evaluate: ``python -m dms_lab.evaluate checkpoint=runs/<run>`` repeats a run's own evaluation, and
+
+eval=reasoning                  AIME24, GPQA-Diamond, LiveCodeBench through lm-eval; the same command goes on when stopped
+tasks=list                      what tasks there are
+"""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dms_lab.train import CONFIG_PATH, command_line
 
 
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
-    """Evaluates every checkpoint of the run's family and its rivals; appends to the run's `results.jsonl`."""
-    from dms_lab.evaluation.report import evaluate_run, load_config, run_of
+    """Lists the tasks, runs benchmarks, or evaluates a run's family and its rivals; appends to `results.jsonl`."""
     from dms_lab.terminal import quiet
 
-    quiet()
     try:
-        place = Path(cfg.checkpoint)
-        folder = run_of(place)
-        config = load_config(folder)
-        if cfg.num_problems is not None:
-            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems))
-        evaluate_run(config, folder, checkpoint=place)
+        if cfg.tasks == "list":
+            from dms_lab.evaluation.listing import print_tasks
+
+            print_tasks()
+            return
+        if cfg.get("eval") is None:
+            quiet()
+            evaluate_again(cfg)
+            return
+        os.environ["TQDM_DISABLE"] = (
+            "1"  # read on import; lm-eval draws a bar for everything, `progress` one that says more
+        )
+        quiet()
+        from dms_lab.evaluation_config import resolve_evaluate
+
+        config = resolve_evaluate(OmegaConf.to_container(cfg, resolve=True))
+        if config.threads is not None:
+            import torch
+
+            torch.set_num_threads(config.threads)
+        from dms_lab.evaluation.reasoning import evaluate_benchmarks
+
+        evaluate_benchmarks(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
+def evaluate_again(cfg: DictConfig) -> None:
+    """The evaluation that a run ends with, once more."""
+    from dms_lab.evaluation.report import evaluate_run, load_config, run_of
+
+    if cfg.checkpoint is None:
+        raise ValueError("give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning for benchmarks")
+    for key in ("tasks", "policy", "budget", "limit", "shard", "out"):
+        if cfg[key] is not None:
+            raise ValueError(f"{key}={cfg[key]} is for benchmarks; add eval=reasoning")
+    place = Path(cfg.checkpoint)
+    folder = run_of(place)
+    config = load_config(folder)
+    if cfg.num_problems is not None:
+        config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems))
+    evaluate_run(config, folder, checkpoint=place)
+
+
 if __name__ == "__main__":
-    command_line(main, ("checkpoint", "num_problems"))
+    from dms_lab.evaluation_config import evaluate_keys, with_lists
+
+    sys.argv = with_lists(sys.argv)
+    command_line(main, evaluate_keys())

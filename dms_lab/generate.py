@@ -42,12 +42,13 @@ def run(config: "GenerateConfig") -> None:
 
     from dms_lab import answers, models
     from dms_lab.chains import Prompt
+    from dms_lab.evaluation.report import base_of
     from dms_lab.terminal import quiet
 
     quiet()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = base_model(config)
+    model = config.model if config.model is not None else base_of(Path(config.checkpoint))
     tokenizer = models.load_tokenizer(model)
     if config.prompt is not None:
         ids = answers.encode(config.prompt, tokenizer, config.chat)
@@ -56,21 +57,6 @@ def run(config: "GenerateConfig") -> None:
     prompts = answers.read_prompts(Path(config.prompts), tokenizer, config.chat, config.chains)
     file = answers.AnswerFile(Path(config.out), answers.run_hash(config, model), prompts)
     batch(partial(build_engine, config, model, tokenizer), prompts, file)
-
-
-def base_model(config: "GenerateConfig") -> "ModelConfig":
-    """The model that is asked for, else the base of the checkpoint, in the dtype of the run that made it."""
-    from dms_lab.checkpoint import read_metadata
-    from dms_lab.config import ModelConfig
-    from dms_lab.evaluation.report import load_config, run_of
-
-    if config.model is not None:
-        return config.model
-    folder = Path(config.checkpoint)
-    path = read_metadata(folder).base_model
-    if (run_of(folder) / "config.json").is_file():
-        return load_config(run_of(folder)).model
-    return ModelConfig(path, path, 0, 0, 0.0, 0.0, 1)
 
 
 def build_engine(config: "GenerateConfig", model: "ModelConfig", tokenizer: "PreTrainedTokenizerBase") -> "Engine":

@@ -348,6 +348,7 @@ class Engine:
             chain.preemptions,
             error,
             trace,
+            time.monotonic() - chain.admitted_at if chain.admitted_at else 0.0,
         )
 
     # -- pages -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dms_lab.pareto import mean_interval
+from dms_lab.pareto import frontier, mean_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,105 @@ def pareto_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:
     return [_png(points, per_task(frame), folder / "pareto.png"), _html(points, folder / "pareto.html")]
 
 
+# -- benchmarks: a point for every width and length ----------------------------------------------------------------------
+def benchmark_table(frame: "pd.DataFrame", task: str) -> "Table":
+    """Every point of one task as a table for the terminal: accuracies and truncation in percent, and the cost.
+
+    The accuracy that stands for the point comes with its 95 % interval; W is the width, L the limit of tokens.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"{task}, in percent, 95 % interval in brackets; KV reads, peak and MB are of W chains together")
+    names = (
+        "method",
+        "CR",
+        "measured",
+        "W",
+        "L",
+        "headline",
+        "avg",
+        "maj",
+        "pass@k",
+        "truncated",
+        "KV reads",
+        "peak",
+        "MB",
+    )
+    for name in names:
+        table.add_column(name, justify="left" if name in ("method", "headline") else "right", overflow="fold")
+    order = {name: place for place, name in enumerate(STYLE)}
+    rows = sorted(frame.to_dict("records"), key=lambda r: (r["target_cr"], order.get(r["method"], 99)))
+    for row in rows:
+        metrics = [_percent(row["metrics"].get(name, [None])[0]) for name in ("avg", "maj", "pass_at_k")]
+        low, high = row["accuracy_low"], row["accuracy_high"]
+        headline = f"{row['headline']} {_percent(row['accuracy'])} [{_percent(low, 0)}-{_percent(high, 0)}]"
+        if row["accuracy"] is None or row["accuracy"] != row["accuracy"]:
+            headline = "" if row["perplexity"] is None else f"{row['headline']} {row['perplexity']:.2f}"
+        megabytes = None if _is_missing(row["kv_bytes_peak"]) else row["kv_bytes_peak"] / 1e6
+        table.add_row(
+            STYLE.get(row["method"], ("", "", "", row["method"]))[3],
+            f"{row['target_cr']:g}",
+            _number(row["measured_cr"], 2),
+            f"{row['width']}",
+            _number(row["max_tokens"]),
+            headline,
+            *metrics,
+            _percent(row["truncation_rate"]),
+            _number(row["kv_reads"]),
+            _number(row["peak_tokens"]),
+            _number(megabytes, 3),
+        )
+    return table
+
+
+def _is_missing(value: float | None) -> bool:
+    return value is None or value != value
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "" if _is_missing(value) else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None, digits: int = 1) -> str:
+    return "" if _is_missing(share) else f"{100 * share:.{digits}f}"
+
+
+def benchmark_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:
+    """Writes `pareto-<task>.png` for each task with an accuracy and a cost: every point, and each method's frontier."""
+    found = []
+    measured = frame[frame["accuracy"].notna() & frame["kv_reads"].notna()]
+    for task, rows in measured.groupby("task"):
+        found.append(_benchmark_png(rows, str(task), folder / f"pareto-{task}.png"))
+    return found
+
+
+def _benchmark_png(rows: "pd.DataFrame", task: str, path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
+    for panel, (budget, title) in zip(panels, BUDGETS.items(), strict=True):
+        for method, (colour, marker, _, name) in styles(rows).items():
+            mine = rows[rows["method"] == method]
+            error = [100 * (mine["accuracy"] - mine["accuracy_low"]), 100 * (mine["accuracy_high"] - mine["accuracy"])]
+            panel.errorbar(
+                mine[budget], 100 * mine["accuracy"], yerr=error, fmt=marker, color=colour, capsize=2, linewidth=0.5
+            )
+            best = mine.iloc[frontier(mine[budget], mine["accuracy"])]
+            panel.plot(best[budget], 100 * best["accuracy"], color=colour, marker=marker, linewidth=1.4, label=name)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set_xlabel(title.replace("per request", "per problem"))
+    panels[0].set_ylabel(f"{task}: {rows['headline'].iloc[0]} (%)")
+    panels[1].legend(title="line: frontier", title_fontsize=8, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+# -- the figures of a run ------------------------------------------------------------------------------------------------
 def _png(points: "pd.DataFrame", tasks: "pd.DataFrame", path: Path) -> Path:
     import matplotlib
 

@@ -12,20 +12,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READS = (1, 2)  # 1 had no benchmarks: what it lacks has a default
 RESULTS = "results.jsonl"
 
 
 @dataclass(frozen=True)
 class Result:
-    """One measured point. Accuracy in [0, 1] with a 95 % interval; costs as in `accounting`; None where not measured."""
+    """One measured point. Accuracy in [0, 1] with a 95 % interval; costs as in `accounting`; None where not measured.
+
+    Of a benchmark: `width` chains answer a problem together within `max_tokens` each, and costs are theirs together
+    (`kv_bytes_peak` as if all had their peaks at once); `accuracy` is the one of `metrics` (name -> value, low, high) that
+    `headline` names; `num_samples` chains a problem were drawn for each of `sampling_seeds`.
+    """
 
     run_id: str
     model: str
     method: str
     task: str
     target_cr: float
-    measured_cr: float
+    measured_cr: float | None
     window: int | None
     seed: int
     num_problems: int
@@ -39,9 +45,20 @@ class Result:
     tokens_generated: int
     seconds: float
     config_hash: str
+    width: int = 1
+    max_tokens: int | None = None
+    headline: str = "exact_match"
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    truncation_rate: float | None = None
+    num_samples: int | None = None
+    sampling_seeds: list[int] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git_revision: str = field(default_factory=lambda: git_revision())
     schema_version: int = SCHEMA_VERSION
+
+
+_NEW = {"width": 1, "max_tokens": None, "headline": "exact_match", "metrics": {}, "truncation_rate": None}
+_NEW |= {"num_samples": None, "sampling_seeds": []}
 
 
 def versions() -> dict[str, str]:
@@ -105,8 +122,10 @@ def _parse(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not a JSON object ({error.msg}); remove the line to go on without it") from error
     found = row.get("schema_version") if isinstance(row, dict) else None
-    if found != SCHEMA_VERSION:
-        raise ValueError(f"{where} has schema version {found!r}; this version of dms_lab reads {SCHEMA_VERSION}")
+    if found not in _READS:
+        raise ValueError(f"{where} has schema version {found!r}; this version of dms_lab reads {_READS[0]} to {_READS[-1]}")
+    if found < SCHEMA_VERSION:
+        row = _NEW | row
     missing = [f.name for f in fields(Result) if f.name not in row]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}; remove the line or measure it again")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"eviction", "distillation", "accounting", "pareto", "config", "generation_config"},
+    {"eviction", "distillation", "accounting", "pareto", "config", "generation_config", "evaluation_config"},
     {"attention", "cache"},
     {"policies"},
     {
@@ -21,7 +21,7 @@ LAYERS = [
         "models",
     },
     {"training", "evaluation", "results", "plots", "tracking", "terminal", "answers"},
-    {"train", "evaluate", "demo", "pretrain", "preview", "generate"},
+    {"train", "evaluate", "demo", "pretrain", "preview", "generate", "harness"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -280,7 +280,7 @@ def make_problems(num_problems=4, n=5, seed=0):
 @pytest.mark.parametrize("width", [1, 2, 5])
 def test_a_point_is_brute_force_over_problems_and_subsets(width):
     problems = make_problems()
-    found = point(problems, width, 8, "maj")
+    found = point([problems], width, 8, "maj")
     by_subset = {"maj": [], "any": [], "reads": [], "peak": [], "bytes": []}
     for chains in problems.values():
         all_chosen = list(itertools.combinations(chains, width))
@@ -309,19 +309,38 @@ def test_a_point_is_brute_force_over_problems_and_subsets(width):
 
 def test_intervals_of_a_point_are_over_its_problems():
     problems = make_problems(30)
-    found = point(problems, 2, 8, "pass_all")
+    found = point([problems], 2, 8, "pass_all")
     assert found.accuracy == found.pass_all
     accuracies = scores.problem_accuracies(problems, 2)
     for name, values in accuracies.items():
         estimate = getattr(found, name)
         assert (estimate.low, estimate.high) == pareto.bootstrap_interval(values)
         assert estimate.low < estimate.value == values.mean() < estimate.high
-    assert point(problems, 2, 8, "pass_all") == found
+    assert point([problems], 2, 8, "pass_all") == found
+
+
+def test_seeds_are_means_of_their_own_points_and_a_second_level_of_the_interval():
+    draws = [make_problems(12, seed=seed) for seed in range(3)]
+    found, alone = point(draws, 2, 8, "maj"), [point([draw], 2, 8, "maj") for draw in draws]
+    for name in ("kv_reads", "peak_tokens", "kv_bytes_peak", "tokens_generated", "truncated"):
+        assert getattr(found, name) == pytest.approx(np.mean([getattr(one, name) for one in alone]))
+    assert found.maj.value == pytest.approx(np.mean([one.maj.value for one in alone]))
+    rows = [scores.problem_accuracies(draw, 2)["maj"] for draw in draws]
+    assert (found.maj.low, found.maj.high) == pareto.seeds_interval(rows)
+    with pytest.raises(ValueError, match="all need the same problems"):
+        point([draws[0], make_problems(11)], 2, 8, "maj")
+
+
+def test_peaks_may_be_computed_apart():
+    problems = make_problems()
+    light = {name: [replace(chain, live=None) for chain in chains] for name, chains in problems.items()}
+    whole = point([problems], 2, 8, "maj")
+    assert point([light], 2, 8, "maj", whole.peak_tokens) == whole
 
 
 def test_partly_right_answers_pass_nothing_but_count_in_full():
     problems = {"p": [make_chain(0.5, "a"), make_chain(0.0, "b"), make_chain(0.25)]}
-    found = point(problems, 2, 1, "avg")
+    found = point([problems], 2, 1, "avg")
     assert (found.pass_at_k.value, found.avg.value) == (0, 0.25)
     assert found.pass_all.value == pytest.approx((0.5 + 0.5 + 0.25) / 3)
     assert found.maj.value == pytest.approx((0.5 + 0.5 + 0.0) / 3)
@@ -331,16 +350,16 @@ def test_problems_that_do_not_fit_a_point_are_named():
     problems = make_problems()
     short = problems | {"p2": problems["p2"][:3]}
     with pytest.raises(ValueError, match=r"5 and fewer: p2 \(3\)"):
-        point(short, 2, 8, "maj")
+        point([short], 2, 8, "maj")
     with pytest.raises(ValueError, match="at least one problem"):
-        point({}, 1, 8, "maj")
+        point([{}], 1, 8, "maj")
     with pytest.raises(ValueError, match="choose one of avg, maj, pass_at_k, pass_all"):
-        point(problems, 2, 8, "best")
+        point([problems], 2, 8, "best")
     with pytest.raises(ValueError, match=r"width must be in 1\.\.5"):
-        point(problems, 6, 8, "maj")
-    long = problems | {"p1": [replace(problems["p1"][0], live=np.ones(9)), *problems["p1"][1:]]}
+        point([problems], 6, 8, "maj")
+    long = problems | {"p1": [make_chain(1.0, "0", np.ones(9)), *problems["p1"][1:]]}
     with pytest.raises(ValueError, match="problem p1 has a chain of 9 tokens"):
-        point(long, 2, 8, "maj")
+        point([long], 2, 8, "maj")
 
 
 def test_scores_need_no_torch():

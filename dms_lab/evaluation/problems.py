@@ -108,11 +108,6 @@ CODE_FORMS = {
 }
 
 
-def all_samples(responses: Iterable[list[str]], docs: Iterable[Row]) -> list[list[str]]:
-    """Every response of every document, so that `process_results` is given a list a document: lm-eval's filter."""
-    return [list(response) for response in responses]
-
-
 def load_aime24(
     source: str | None = None, data_revision: str | None = None, prompt_style: str = "paper", **_: Any
 ) -> dict[str, Dataset]:

@@ -5,8 +5,8 @@ import logging
 from pathlib import Path
 
 from dms_lab import models, plots, results, terminal
-from dms_lab.checkpoint import METADATA
-from dms_lab.config import TrainConfig, config_hash, resolve
+from dms_lab.checkpoint import METADATA, read_metadata
+from dms_lab.config import ModelConfig, TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.training.data import held_out_documents
 
@@ -27,6 +27,14 @@ def load_config(folder: Path) -> TrainConfig:
         raise ValueError(f"no config.json in {folder}: give the folder of a run of dms_lab.train, or a checkpoint in it")
     values = json.loads(path.read_text())
     return resolve(values | {"steps_per_cr": 1})
+
+
+def base_of(checkpoint: Path) -> ModelConfig:
+    """The base model of a checkpoint, as its run was configured, else as the checkpoint names it."""
+    path = read_metadata(checkpoint).base_model
+    if (run_of(checkpoint) / "config.json").is_file():
+        return load_config(run_of(checkpoint)).model
+    return ModelConfig(path, path, 0, 0, 0.0, 0.0, 1)
 
 
 def run_of(place: Path) -> Path:

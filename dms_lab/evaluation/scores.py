@@ -33,13 +33,16 @@ class Cut:
 
 @dataclass(frozen=True)
 class Chain:
-    """One chain of a problem, ended at the point's limit: its verdict, its cost, and its live slots [steps]."""
+    """One chain of a problem, ended at the point's limit: its verdict, its cost, and its live slots [steps].
+
+    `live` may be left out (None) where peaks are computed apart, problem by problem: it is by far the largest part.
+    """
 
     score: float
     answer: str | None
     truncated: bool
     request: Request
-    live: np.ndarray
+    live: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -247,40 +250,59 @@ def interval(scores: Sequence[float] | Sequence[Sequence[float]], seed: int = 0)
 
 
 def point(
-    problems: Mapping[str, Sequence[Chain]],
+    draws: Sequence[Mapping[str, Sequence[Chain]]],
     width: int,
     max_tokens: int,
     headline: str,
+    mean_peak: float | None = None,
     most: int = 1000,
     seed: int = 0,
 ) -> Point:
-    """One task's point from its problems' chains, ended at `max_tokens` by the caller (see `judged`).
+    """One task's point from its problems' chains, ended at `max_tokens` by the caller (see `judged`); a draw is one seed's.
 
-    At most `most` subsets of a problem's chains are looked at, drawn by `seed`. Raises `ValueError` if there is no problem,
+    `mean_peak`: mean of `peak_of` over problems and draws, computed here from `live` if None. At most `most` subsets of a
+    problem's chains are looked at, drawn by `seed`. Raises `ValueError` if there is no problem, draws have not the same,
     problems have different numbers of chains, fewer than `width`, or a chain is longer than `max_tokens`.
     """
     if headline not in ACCURACIES:
         raise ValueError(f"headline={headline!r} is not known; choose one of {', '.join(ACCURACIES)}")
-    num_chains = _check(problems, max_tokens)
+    num_chains = _check_draws(draws, max_tokens)
     chosen = subsets(num_chains, width, most, seed)
-    every = [chain for chains in problems.values() for chain in chains]
+    if mean_peak is None:
+        peaks = [peak_of([chain.live for chain in chains], chosen) for draw in draws for chains in draw.values()]
+        mean_peak = sum(peaks) / len(peaks)
+    every = [chain for draw in draws for chains in draw.values() for chain in chains]
     cost = accounting.usage(chain.request for chain in every)
-    means = problem_accuracies(problems, width, most, seed)
+    by_draw = [problem_accuracies(draw, width, most, seed) for draw in draws]
+    means = {name: np.array([found[name] for found in by_draw]) for name in ACCURACIES}  # [seeds, problems]
     estimates = {name: Estimate(float(values.mean()), *interval(values, seed)) for name, values in means.items()}
     return Point(
         width=width,
         max_tokens=max_tokens,
         headline=headline,
-        num_problems=len(problems),
+        num_problems=len(draws[0]),
         num_chains=num_chains,
         **estimates,
         truncated=sum(chain.truncated for chain in every) / len(every),
         kv_reads=width * cost.kv_reads,
-        peak_tokens=float(np.mean([peak_of([chain.live for chain in chains], chosen) for chains in problems.values()])),
+        peak_tokens=mean_peak,
         kv_bytes_peak=width * cost.kv_bytes_peak,
         tokens_generated=cost.tokens_generated / cost.num_requests,
         measured_cr=cost.measured_cr,
     )
+
+
+def _check_draws(draws: Sequence[Mapping[str, Sequence[Chain]]], max_tokens: int) -> int:
+    """How many chains each problem has, in every draw."""
+    if not draws:
+        raise ValueError("a point needs at least one problem")
+    counts = [_check(draw, max_tokens) for draw in draws]
+    if any(list(draw) != list(draws[0]) for draw in draws) or len(set(counts)) > 1:
+        raise ValueError(
+            f"seeds have {[len(draw) for draw in draws]} problems with {counts} chains; all need the same problems, in the "
+            "same order, and as many chains"
+        )
+    return counts[0]
 
 
 def _check(problems: Mapping[str, Sequence[Chain]], max_tokens: int | None = None) -> int:
@@ -296,7 +318,7 @@ def _check(problems: Mapping[str, Sequence[Chain]], max_tokens: int | None = Non
             "leave out what the others lack"
         )
     for name, chains in problems.items():
-        longest = max(len(chain.live) for chain in chains)
+        longest = max(chain.request.num_generated for chain in chains)
         if max_tokens is not None and longest > max_tokens:
             raise ValueError(f"problem {name} has a chain of {longest} tokens; end its chains at max_tokens={max_tokens}")
     return usual

@@ -82,8 +82,8 @@ def _measured(subject: Subject, jobs: list[Job]) -> Iterator[tuple[Job, tuple[li
 def measure(subject: Subject, job: Job) -> tuple[list[Result], float]:
     """The results of one job, and the mean live tokens at the end of its requests (0 without tasks)."""
     tokenizer, settings = models.load_tokenizer(subject.model), subject.settings
-    with _attached(subject.model, job) as handle:
-        make_policy, window = _policy(handle, job)
+    with loaded(subject.model, job) as handle:
+        make_policy, window = policy_of(handle, job)
         label = hard.Label(
             subject.run_id, subject.model.name, job.method, job.target_cr, window, subject.seed, subject.config_hash
         )
@@ -104,7 +104,7 @@ _base = functools.lru_cache(maxsize=1)(models.load_base)
 
 
 @contextmanager
-def _attached(model: ModelConfig, job: Job) -> Iterator[Retrofit]:
+def loaded(model: ModelConfig, job: Job) -> Iterator[Retrofit]:
     """The model with what the job attaches to it, taken off again; one copy of the base serves every job it can."""
     device = models.default_device()
     if job.checkpoint is None:
@@ -121,7 +121,7 @@ def _attached(model: ModelConfig, job: Job) -> Iterator[Retrofit]:
             _base.cache_clear()
 
 
-def _policy(handle: Retrofit, job: Job) -> tuple[Callable[[], Policy], int | None]:
+def policy_of(handle: Retrofit, job: Job) -> tuple[Callable[[], Policy], int | None]:
     """What makes the policy of a request batch, and its window."""
     if job.budget is not None:
         return partial(HEURISTICS[job.method], job.budget), None

@@ -1,0 +1,75 @@
+"""A model with what a cache policy needs attached, as an evaluation takes it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dms_lab import models
+from dms_lab.attachment import Retrofit, retrofit
+from dms_lab.cache.policy import Policy
+from dms_lab.checkpoint import file_hashes, load_checkpoint
+from dms_lab.config import ModelConfig
+from dms_lab.evaluation.report import base_of
+from dms_lab.policies import HEURISTICS, FullPolicy
+from dms_lab.structure import num_kv_heads
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with what a policy needs attached. `identity` is what of it decides the tokens."""
+
+    handle: Retrofit
+    make_policy: Callable[[], Policy]
+    tokenizer: PreTrainedTokenizerBase
+    identity: dict[str, Any]
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers."""
+        return sum(num_kv_heads(attention) for attention in self.handle.attentions)
+
+
+def attach(
+    pretrained: str | None,
+    checkpoint: str | None,
+    policy: str | None,
+    budget: int | None,
+    dtype: str | None = None,
+    device: str | None = None,
+) -> Attached:
+    """A checkpoint on its base, or a model as it is under a policy; `ValueError` for what does not go together."""
+    if (checkpoint is None) == (policy is None):
+        raise ValueError(
+            "give checkpoint=<folder>, or pretrained=<hub id or folder> with policy=<rule> "
+            f"(full, or {', '.join(HEURISTICS)} with budget=<live tokens per KV head>), and not both"
+        )
+    if policy is not None and policy != "full" and policy not in HEURISTICS:
+        raise ValueError(f"policy={policy!r} is not known; choose one of full, {', '.join(HEURISTICS)}")
+    if (policy in HEURISTICS) != (budget is not None):
+        raise ValueError(f"policy={policy} and budget={budget} do not go together; {', '.join(HEURISTICS)} need a budget")
+    if checkpoint is None and pretrained is None:
+        raise ValueError(f"policy={policy} needs pretrained=<hub id or folder>")
+    config = ModelConfig(pretrained, pretrained, 0, 0, 0.0, 0.0, 1) if pretrained else base_of(Path(checkpoint))
+    config = config if dtype is None else replace(config, dtype=dtype)
+    tokenizer = models.load_tokenizer(config)
+    if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+        device = models.default_device()  # lm-eval's command says cuda:0 where nobody asked for it
+    model = models.load_base(config, device)
+    if checkpoint is not None:
+        handle = load_checkpoint(Path(checkpoint), model)
+        return Attached(handle, handle.policy, tokenizer, identity_of(config, Path(checkpoint)))
+    make_policy = FullPolicy if policy == "full" else partial(HEURISTICS[policy], budget)
+    return Attached(retrofit(model, None), make_policy, tokenizer, identity_of(config, None, policy, budget))
+
+
+def identity_of(
+    config: ModelConfig, checkpoint: Path | None, policy: str | None = None, budget: int | None = None
+) -> dict[str, Any]:
+    """What of a model under a policy decides the tokens: its name, dtype, the checkpoint's bytes, the rule."""
+    files = {} if checkpoint is None else file_hashes(checkpoint)
+    return {"path": config.path, "dtype": config.dtype, "policy": policy, "budget": budget} | files

@@ -1,0 +1,204 @@
+"""What a run of `dms_lab.evaluate` on benchmarks is: its schemas and validation. No heavy imports, as in `config`."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from dms_lab.config import RIVALS, ModelConfig, build
+
+POLICIES = ("full", *RIVALS)
+SANDBOXES = ("bubblewrap", "none")
+_CHOICES = {
+    "prompt_style": ("paper", "card"),
+    "thinking": ("auto", "yes", "no"),
+    "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
+}
+
+
+@dataclass(frozen=True)
+class ReasoningConfig:
+    """The group `eval=reasoning`. Nulls of `max_tokens` and sampling are what the task's own file says.
+
+    Every pair of a member of `width` (chains a problem) and one of `max_tokens` becomes a point; all come from one set of
+    `samples` chains a problem (null: the largest width) for each of `seeds`. `sources` holds `<task>:<file or folder>`.
+    """
+
+    tasks: tuple[str, ...]
+    samples: int | None
+    width: tuple[int, ...]
+    max_tokens: tuple[int, ...] | None
+    seeds: tuple[int, ...]
+    headline: str
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    prompt_style: str
+    thinking: str
+    chat: bool
+    full: bool
+    sources: tuple[str, ...]
+    choices_seed: int
+    release: str
+    start: str
+    end: str
+    errata: str | None
+    lengths: tuple[int, ...] | None
+    num_problems: int | None
+    places: int
+    num_pages: int | None
+    page_size: int | None
+    storage: str
+    prefill_chunk: int
+    reserve: float
+    deterministic: bool
+    graders: int
+    seconds_per_test: float
+    seconds_per_problem: float | None
+
+    @property
+    def num_samples(self) -> int:
+        """Chains drawn for a problem and seed."""
+        return self.samples or max(self.width)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """A run of `dms_lab.evaluate` on benchmarks: what answers, which tasks, which part of them, where results go."""
+
+    eval: ReasoningConfig
+    model: ModelConfig | None
+    checkpoint: str | None
+    policy: str | None
+    budget: int | None
+    limit: int | None
+    shard: tuple[int, int]
+    out: str | None
+    sandbox: str
+    i_trust_the_code: bool
+    regrade: bool
+    threads: int | None
+
+
+_TOP = (
+    "checkpoint",
+    "policy",
+    "budget",
+    "tasks",
+    "limit",
+    "shard",
+    "out",
+    "sandbox",
+    "i_trust_the_code",
+    "regrade",
+    "threads",
+)
+LISTS = ("tasks", *(f"eval.{name}" for name in ("tasks", "width", "max_tokens", "seeds", "sources", "lengths")))
+
+
+def evaluate_keys() -> tuple[str, ...]:
+    """Every key of a command line of `dms_lab.evaluate`."""
+    groups = (("eval", ReasoningConfig), ("model", ModelConfig))
+    inner = (f"{group}.{f.name}" for group, schema in groups for f in dataclasses.fields(schema))
+    return (*sorted((*_TOP, "num_problems", "eval", "model")), *inner)
+
+
+def with_lists(words: list[str]) -> list[str]:
+    """A command line whose list-valued keys may be written `key=1,4,8`, which Hydra keeps for sweeps (`-m`)."""
+    if {"-m", "--multirun"} & set(words):
+        return words
+    found = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key.lstrip("+") in LISTS and value and not value.startswith(("[", "'", '"')) and value not in ("null", "list"):
+            word = f"{key}=[{value}]"
+        found.append(word)
+    return found
+
+
+def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
+    """A complete configuration of a benchmark run from a composed one; `ValueError` for the first thing that is wrong."""
+    values = {key: value for key, value in cfg.items() if key not in ("data", "num_problems")}
+    if cfg.get("num_problems") is not None:
+        raise ValueError(
+            "num_problems= is for a run's own evaluation; with eval=reasoning use limit=<problems of each task>"
+        )
+    group = dict(values.pop("eval"))
+    if (tasks := values.pop("tasks", None)) is not None:
+        group["tasks"] = tasks if isinstance(tasks, list) else [tasks]
+    reasoning = build(ReasoningConfig, group, "eval.")
+    model = values.pop("model", None)
+    if model is not None and model.get("path") in (None, "???"):
+        raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
+    built = None if model is None else build(ModelConfig, model, "model.")
+    values |= {"eval": reasoning, "model": built, "shard": _shard(values.get("shard"))}
+    config = build(EvaluateConfig, values, "")
+    _check_subject(config)
+    _check_reasoning(reasoning)
+    if config.sandbox not in SANDBOXES:
+        raise ValueError(f"sandbox={config.sandbox!r} is not known; choose one of {', '.join(SANDBOXES)}")
+    if config.sandbox == "none" and not config.i_trust_the_code:
+        raise ValueError(
+            "sandbox=none runs programs that a model wrote on this machine, with your rights; leave it out to run them "
+            "under bubblewrap, or add i_trust_the_code=true if nothing here can be harmed"
+        )
+    for name in ("limit", "threads"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
+    return config
+
+
+def _shard(value: Any) -> tuple[int, int]:
+    """`3/8`: the third of eight parts, counted from 1."""
+    if value is None:
+        return 1, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", str(value))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"shard={value!r} must name a part as shard=3/8, the third of eight; parts count from 1")
+    return int(found[1]), int(found[2])
+
+
+def _check_subject(config: EvaluateConfig) -> None:
+    if config.checkpoint is None and (config.model is None or config.policy is None):
+        raise ValueError(
+            "give checkpoint=<a run's folder, or one checkpoint>, or model=<name> policy=<rule> for a model as it is, "
+            f"with a policy of {', '.join(POLICIES)}"
+        )
+    if config.checkpoint is not None and config.policy is not None:
+        raise ValueError(f"policy={config.policy} is for a model without a checkpoint; leave one of the two out")
+    if config.policy is not None and config.policy not in POLICIES:
+        raise ValueError(f"policy={config.policy!r} is not known; choose one of {', '.join(POLICIES)}")
+    if (config.policy in RIVALS) != (config.budget is not None):
+        raise ValueError(
+            f"policy={config.policy} and budget={config.budget} do not go together: {', '.join(RIVALS)} need "
+            "budget=<live tokens per KV head>, nothing else has one"
+        )
+
+
+def _check_reasoning(config: ReasoningConfig) -> None:
+    for name, choices in _CHOICES.items():
+        if getattr(config, name) not in choices:
+            raise ValueError(f"eval.{name}={getattr(config, name)!r} is not known; choose one of {', '.join(choices)}")
+    for name in ("tasks", "width", "seeds"):
+        if not getattr(config, name):
+            raise ValueError(f"eval.{name} is empty; give at least one")
+    for name in ("width", "max_tokens", "seeds", "lengths", "tasks"):
+        members = getattr(config, name) or ()
+        if len(set(members)) < len(members):
+            raise ValueError(f"eval.{name}={list(members)} names one twice")
+        if name in ("width", "max_tokens", "lengths") and any(member < 1 for member in members):
+            raise ValueError(f"eval.{name}={list(members)} holds a member below 1")
+    for name in ("samples", "places", "graders", "num_problems"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"eval.{name}={getattr(config, name)} must be at least 1")
+    if config.num_samples < max(config.width):
+        raise ValueError(
+            f"eval.samples={config.samples} chains cannot make eval.width={max(config.width)}; draw at least as many"
+        )
+    for name in ("seconds_per_test", "seconds_per_problem"):
+        if getattr(config, name) is not None and getattr(config, name) <= 0:
+            raise ValueError(f"eval.{name}={getattr(config, name):g} must be above 0")
+    for entry in config.sources:
+        if not all(entry.partition(":")[::2]):
+            raise ValueError(f"eval.sources holds {entry!r}; name a task's local data as <task>:<file or folder>")
