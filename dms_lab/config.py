@@ -202,6 +202,11 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     values = dict(cfg)
     if values.get("model", {}).get("path") in (None, "???"):
         raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
+    if {"tasks", "width"} <= set(values["eval"]):
+        raise ValueError(
+            "eval=reasoning is for dms_lab.evaluate: leave it out here, and once the run is trained call python -m "
+            "dms_lab.evaluate checkpoint=<a run's folder> eval=reasoning"
+        )
     groups = {name: build(schema, values.pop(name), f"{name}.") for name, schema in _GROUPS.items()}
     for name in ("window", "lr", "adapter_lr", "batch_size", "context"):
         if values.get(name) is None:

@@ -143,7 +143,7 @@ def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
             "sandbox=none runs programs that a model wrote on this machine, with your rights; leave it out to run them "
             "under bubblewrap, or add i_trust_the_code=true if nothing here can be harmed"
         )
-    for name in ("limit", "threads"):
+    for name in ("budget", "limit", "threads"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1")
     return config
