@@ -33,6 +33,10 @@ class Reply(str):
         reply.truncated, reply.verdict = truncated, verdict
         return reply
 
+    def __getnewargs__(self) -> tuple[str, bool, Verdict | None]:
+        """For pickle and copy: lm-eval's cache of requests keeps replies."""
+        return str(self), self.truncated, self.verdict
+
 
 @dataclass(frozen=True)
 class Graders:
@@ -44,7 +48,9 @@ class Graders:
     @property
     def identity(self) -> str:
         """What of it may change the verdict on a program."""
-        return f"{self.limits.seconds_per_test:g}s-{self.limits.memory_bytes >> 20}MiB"
+        all_tests = self.limits.seconds_per_problem
+        seconds = f"{self.limits.seconds_per_test:g}s" + ("" if all_tests is None else f"-{all_tests:g}s")
+        return f"{seconds}-{self.limits.memory_bytes >> 20}MiB"
 
     def math(self, gold: str, text: str) -> Any:
         """What math-verify says about an answer."""

@@ -38,7 +38,7 @@ class Grading:
             self.version += f"-{graders.identity}"
         self._known = {} if store is None or regrade else store.verdicts(task, run, self.version)
         self._pool = ThreadPoolExecutor(threads)
-        self._open: list[tuple[Future, tuple[Key, int], Callable[[Verdict], None]]] = []
+        self._open: dict[tuple[Key, int], tuple[Future, list[Callable[[Verdict], None]]]] = {}
 
     def __enter__(self) -> "Grading":
         return self
@@ -65,22 +65,29 @@ class Grading:
         key = (sample.key, len(part.ids))
         if key in self._known:
             done(self._known[key])
+        elif key in self._open:
+            self._open[key][1].append(done)
         else:
             text = sample.text if len(part.ids) == sample.num_tokens else self.text_of(part.ids)
             job = (self.benchmark, self.graders, doc, text, part.truncated, think_end)
-            self._open.append((self._pool.submit(judge, *job), key, done))
+            self._open[key] = (self._pool.submit(judge, *job), [done])
         self.drain()
 
     def drain(self, wait: bool = False) -> None:
-        """Takes in the verdicts that are there; all of them if `wait`."""
-        still_open = []
-        for future, key, done in self._open:
-            if not (wait or future.done()):
-                still_open.append((future, key, done))
+        """Takes in the verdicts that are there; all of them if `wait`, unless a grader raises."""
+        error: BaseException | None = None
+        for key, (future, waiting) in list(self._open.items()):
+            if not (future.done() or (wait and error is None)):
+                continue
+            del self._open[key]
+            if (raised := future.exception()) is not None:
+                error = raised if error is None else error
                 continue
             verdict = future.result()
             if self.store is not None:
                 self.store.add_verdict(*key, self.version, verdict)
             self._known[key] = verdict
-            done(verdict)
-        self._open = still_open
+            for done in waiting:
+                done(verdict)
+        if error is not None:
+            raise error
