@@ -3,17 +3,16 @@
 import json
 import shutil
 import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
-from dms_lab.evaluation import problems, ruler
+from dms_lab.evaluation import benchmarks, livecodebench, problems, ruler
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the extra `eval` is not installed")
+from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data"
@@ -23,45 +22,24 @@ SOURCES = {
     "dms_aime25": "aime25.jsonl",
     "dms_math500": "math500.jsonl",
     "dms_gpqa_diamond": "gpqa_diamond.csv",
+    "dms_livecodebench": "livecodebench",
 }
-REASONING = [*SOURCES, "dms_livecodebench"]
+REASONING = list(SOURCES)
 RETRIEVAL = ["dms_niah_single", "dms_niah_multikey", "dms_vt"]
 EMBEDDED = ["dms_tiny_ledger", "dms_tiny_road", "dms_tiny_program"]
-PROGRAMS = [
-    {"id": "abc001_a", "question": "Print the sum of two integers.", "starter_code": "", "fn_name": ""},
-    {
-        "id": "9001",
-        "question": "Return n doubled.",
-        "starter_code": "class Solution:\n    def f(self, n):\n",
-        "fn_name": "f",
-    },
-]
 
 
 @pytest.fixture(autouse=True)
-def programs(monkeypatch):
-    """LiveCodeBench's reader has tests of its own; here it yields two programs and keeps what it was asked."""
-    asked = {}
-
-    def read(**options):
-        asked.update(options)
-        return iter(PROGRAMS)
-
-    module = types.ModuleType("dms_lab.evaluation.livecodebench")
-    module.problems = read
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("dms_lab.evaluation.livecodebench", module, raising=False)
-    graders = types.ModuleType("dms_lab.evaluation.benchmarks")
-    for kind in ("aime", "math", "choice", "code", "ruler", "embedded"):
-        setattr(graders, f"results_of_{kind}", lambda doc, results, kind=kind: {"kind": kind, "results": results})
-    monkeypatch.setitem(sys.modules, graders.__name__, graders)
-    return asked
+def cache_of_livecodebench(monkeypatch, tmp_path):
+    monkeypatch.setattr(livecodebench.files, "default_cache", lambda: tmp_path / "livecodebench")
 
 
 def load(name, **metadata):
     metadata = {"lengths": [512], "num_problems": 3, "pretrained": "embedded", "dtype": "bfloat16", **metadata}
     if name in SOURCES:
         metadata.setdefault("source", str(DATA / SOURCES[name]))
+    if name == "dms_livecodebench":
+        metadata = {"release": "release_v2", "start": None, "end": None, **metadata}
     manager = lm_eval_tasks.TaskManager(include_path=str(TASKS), include_defaults=False, metadata=metadata)
     return manager.load([name])["tasks"][name]
 
@@ -112,8 +90,7 @@ def test_no_stop_string_fires_inside_a_thought_and_all_samples_reach_the_grader(
         instance.resps = [f"sample {i} of {instance.doc['id']}" for i in range(3)]
     task.apply_filters()
     for instance in task.instances:
-        found = task.process_results(instance.doc, [instance.filtered_resps["all"]])
-        assert found["results"] == [[f"sample {i} of {instance.doc['id']}" for i in range(3)]]
+        assert instance.filtered_resps == {"all": [f"sample {i} of {instance.doc['id']}" for i in range(3)]}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +106,23 @@ def test_no_stop_string_fires_inside_a_thought_and_all_samples_reach_the_grader(
     ],
 )
 def test_a_task_names_its_grader(name, kind):
-    assert load(name).process_results({}, [[""]])["kind"] == kind
+    content = load_yaml(TASKS / f"{name}.yaml", resolve_func=False)
+    assert Path(content["process_results"]).name == f"dms_lab.evaluation.benchmarks.results_of_{kind}"
+    assert benchmarks.BENCHMARKS[name].kind == kind
+
+
+@pytest.mark.parametrize("name", ["dms_gpqa_diamond", *RETRIEVAL, *EMBEDDED])
+def test_the_answer_of_a_document_is_right_by_its_own_grader(name):
+    """Where neither programs are run nor formulas compared."""
+    task = load(name)
+    doc = task.eval_docs[0]
+    right = {"dms_gpqa_diamond": "Answer: {}", "dms_vt": "They are {}."}.get(name, "{}").format(
+        ", ".join(json.loads(doc["answer"])) if name in RETRIEVAL else doc["answer"]
+    )
+    found = task.process_results(doc, [[right, right, "I do not know."]])
+    assert found["avg"] == pytest.approx(2 / 3)
+    assert found["pass_all"] == 1.0
+    assert set(found) == set(task.aggregation())
 
 
 @pytest.mark.parametrize("name", ["dms_aime24", "dms_aime25", "dms_math500"])
@@ -181,26 +174,41 @@ def test_the_letter_of_gpqa_is_that_of_the_right_choice_whatever_the_seed():
     assert rows("dms_gpqa_diamond", choices_seed=3) == rows("dms_gpqa_diamond", choices_seed=3)
 
 
-def test_programs_are_asked_for_with_starter_code_or_with_standard_input(programs):
+@pytest.fixture
+def asked(monkeypatch):
+    """What the reader of LiveCodeBench was asked for; it has tests of its own, and yields two programs here."""
+    found = {}
+    whole = {"id": "abc001_a", "question": "Print the sum of two integers.", "starter_code": ""}
+    starter = {"id": "9001", "question": "Double n.", "starter_code": "class Solution:\n    def f(self, n):\n        "}
+    monkeypatch.setattr(livecodebench, "problems", lambda **options: found.update(options) or iter([whole, starter]))
+    return found
+
+
+def test_programs_are_asked_for_with_starter_code_or_with_standard_input(asked):
     for style in ("paper", "card"):
         whole, starter = rows("dms_livecodebench", prompt_style=style)
         assert all(row["question"] in row["prompt"] for row in (whole, starter))
         assert "```python\n# YOUR CODE HERE\n```" in whole["prompt"]
-        assert "```python\nclass Solution:\n    def f(self, n):\n```" in starter["prompt"]
+        assert "```python\nclass Solution:\n    def f(self, n):\n        \n```" in starter["prompt"]
         assert any(words in whole["prompt"] for words in ("standard input", "stdin"))
         assert not any(words in starter["prompt"] for words in ("standard input", "stdin"))
 
 
-def test_livecodebench_is_given_the_options_it_knows_and_no_model_argument(programs):
-    load(
-        "dms_livecodebench",
-        release="release_v5",
-        start="2024-08-01",
-        end="2025-01-31",
-        data_revision="abc",
-        revision="model's",
-    )
-    assert programs == {"release": "release_v5", "start": "2024-08-01", "end": "2025-01-31", "revision": "abc"}
+def test_livecodebench_is_given_the_options_it_knows_and_no_model_argument(asked):
+    options = {"release": "release_v5", "start": None, "end": "2025-01-31", "errata": "official"}
+    load("dms_livecodebench", **options, data_revision="abc", revision="the model's")
+    assert asked == {"source": str(DATA / "livecodebench"), "revision": "abc", **options}
+    asked.clear()
+    problems.load_livecodebench(source=None, data_revision=None, dtype="bfloat16")
+    assert asked == {}
+
+
+def test_the_rows_of_livecodebench_keep_what_its_grader_needs():
+    found = rows("dms_livecodebench")
+    assert [row["answer"] for row in found] == [""] * len(found)
+    for row in found:
+        assert {"fn_name", "public_tests", "private_tests", "contest_date", "difficulty"} <= set(row)
+        assert livecodebench.files.tests_of(row["public_tests"], row["private_tests"], row["id"])[0]
 
 
 @pytest.mark.parametrize("loader", ["aime24", "aime25", "math500", "gpqa_diamond", "livecodebench"])
@@ -209,7 +217,7 @@ def test_an_unknown_prompt_style_is_answered_with_the_known_ones(loader):
         getattr(problems, f"load_{loader}")(source=str(DATA), prompt_style="card2")
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ["dms_aime24", "dms_aime25", "dms_math500", "dms_gpqa_diamond"])
 def test_a_set_that_is_not_there_is_answered_with_the_command_that_gets_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -318,6 +326,13 @@ def test_embedded_problems_are_those_of_the_demo_and_a_function_of_their_id():
         problems.load_tiny_road(num_problems=0)
 
 
+def test_ids_that_repeat_far_apart_are_seen_and_long_sets_keep_their_order():
+    found = [{"id": str(i), "prompt": "?", "answer": "!"} for i in range(200)]
+    assert list(problems.as_split(iter(found))["test"]) == found
+    with pytest.raises(ValueError, match="the id 3 stands in two rows"):
+        problems.as_split([*found, found[3]])
+
+
 def test_retrieval_tasks_size_their_prompts_by_the_models_tokenizer():
     found = rows("dms_vt", lengths=[512, 1024], num_problems=2, data_seed=1)
     assert [row["id"] for row in found] == ["vt-1-512-0", "vt-1-512-1", "vt-1-1024-0", "vt-1-1024-1"]
@@ -336,7 +351,8 @@ def test_the_registry_says_what_is_on_the_hub():
     }  # fmt: skip
     assert [name for name, info in problems.SETS.items() if info.gated] == ["gpqa_diamond"]
     assert all(info.page == f"https://huggingface.co/datasets/{info.hub_id}" for info in problems.SETS.values())
-    pinned = [info.revision for info in problems.SETS.values() if info.file]
+    pinned = [info.revision for info in problems.SETS.values()]
+    assert problems.SETS["livecodebench"].revision == livecodebench.files.REVISION
     assert all(len(revision) == 40 and set(revision) <= set("0123456789abcdef") for revision in pinned)
 
 
@@ -347,7 +363,9 @@ def test_the_wheel_carries_the_task_files():
     files = sorted(TASKS.glob("*.yaml"))
     assert len(files) == 15
     names = "\n".join(str(path.relative_to(ROOT)) for path in files)
-    found = subprocess.run(["git", "check-ignore", "--stdin"], input=names, cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"], input=names, cwd=ROOT, capture_output=True, text=True
+    )
     assert found.stdout == ""
     tracked = subprocess.run(["git", "ls-files", str(TASKS)], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert tracked.split() == names.split()

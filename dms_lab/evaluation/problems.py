@@ -8,6 +8,7 @@ same reason the revision of a data set is called `data_revision`: `revision` is 
 """
 
 import csv
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
 Row = dict[str, Any]
 
@@ -68,7 +69,9 @@ SETS: dict[str, SetInfo] = {
         revision="633f5ee89ab8ad4522a9f850766b73f62147ffdd",
     ),
     # Releases are cumulative; 1055 is release_v6.
-    "livecodebench": SetInfo("livecodebench/code_generation_lite", None, "test", 1055),
+    "livecodebench": SetInfo(
+        "livecodebench/code_generation_lite", None, "test", 1055, revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
+    ),
 }
 
 # `paper` asks for what the DMS paper's protocol asks for: steps and \boxed{}, `Answer: $LETTER`, a Python program.
@@ -182,9 +185,9 @@ def load_livecodebench(prompt_style: str = "paper", **options: Any) -> dict[str,
     from dms_lab.evaluation import livecodebench
 
     template, forms = _style(CODE_PROMPTS, prompt_style), CODE_FORMS[prompt_style]
-    known = {"source": "source", "data_revision": "revision", "release": "release", "start": "start", "end": "end"}
-    known["errata"] = "errata"
-    rows = livecodebench.problems(**{known[name]: value for name, value in options.items() if name in known})
+    wanted = {name: options[name] for name in ("release", "start", "end", "errata") if name in options}
+    named = {"source": options.get("source"), "revision": options.get("data_revision")}
+    wanted |= {name: value for name, value in named.items() if value is not None}
 
     def document(row: Row) -> Row:
         starter = row["starter_code"].strip("\n")
@@ -193,7 +196,7 @@ def load_livecodebench(prompt_style: str = "paper", **options: Any) -> dict[str,
         )
         return {**row, "prompt": prompt, "answer": ""}
 
-    return as_split(map(document, rows))
+    return as_split(map(document, livecodebench.problems(**wanted)))
 
 
 def load_tiny_ledger(num_problems: int = 64, length: int = 512, data_seed: int = 0, **_: Any) -> dict[str, Dataset]:
@@ -234,15 +237,16 @@ def read_rows(name: str, columns: tuple[str, ...], source: str | None = None, re
 
 def as_split(rows: Iterable[Row]) -> dict[str, Dataset]:
     """What a loader returns: the rows as the split `test`. Raises `ValueError` for no rows and for an id that repeats."""
-    rows = list(rows)
-    seen: set[str] = set()
-    for row in rows:
-        if row["id"] in seen:
-            raise ValueError(f"the id {row['id']} stands in two rows; results are kept by id, so each must be unique")
-        seen.add(row["id"])
-    if not rows:
+    rows, seen, parts = iter(rows), set(), []
+    while batch := list(itertools.islice(rows, 64)):  # LiveCodeBench's tests are gigabytes: no second copy, no huge array
+        for row in batch:
+            if row["id"] in seen:
+                raise ValueError(f"the id {row['id']} stands in two rows; results are kept by id, so each must be unique")
+            seen.add(row["id"])
+        parts.append(Dataset.from_list(batch))
+    if not parts:
         raise ValueError("there are no problems to evaluate: widen the selection, or ask for num_problems of 1 or more")
-    return {"test": Dataset.from_list(rows)}
+    return {"test": concatenate_datasets(parts)}
 
 
 def _aime(name: str, source: str | None, revision: str | None, prompt_style: str) -> dict[str, Dataset]:
