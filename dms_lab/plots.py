@@ -127,8 +127,8 @@ def benchmark_table(frame: "pd.DataFrame", task: str) -> "Table":
         metrics = [_percent(row["metrics"].get(name, [None])[0]) for name in ("avg", "maj", "pass_at_k")]
         low, high = row["accuracy_low"], row["accuracy_high"]
         headline = f"{row['headline']} {_percent(row['accuracy'])} [{_percent(low, 0)}-{_percent(high, 0)}]"
-        if row["accuracy"] is None or row["accuracy"] != row["accuracy"]:
-            headline = "" if row["perplexity"] is None else f"{row['headline']} {row['perplexity']:.2f}"
+        if _is_missing(row["accuracy"]):
+            headline = "" if _is_missing(row["perplexity"]) else f"{row['headline']} {row['perplexity']:.2f}"
         megabytes = None if _is_missing(row["kv_bytes_peak"]) else row["kv_bytes_peak"] / 1e6
         table.add_row(
             STYLE.get(row["method"], ("", "", "", row["method"]))[3],
@@ -177,7 +177,8 @@ def _benchmark_png(rows: "pd.DataFrame", task: str, path: Path) -> Path:
     for panel, (budget, title) in zip(panels, BUDGETS.items(), strict=True):
         for method, (colour, marker, _, name) in styles(rows).items():
             mine = rows[rows["method"] == method]
-            error = [100 * (mine["accuracy"] - mine["accuracy_low"]), 100 * (mine["accuracy_high"] - mine["accuracy"])]
+            error = [mine["accuracy"] - mine["accuracy_low"], mine["accuracy_high"] - mine["accuracy"]]
+            error = [100 * side.clip(lower=0) for side in error]  # of equal scores an end may be a rounding beyond
             panel.errorbar(
                 mine[budget], 100 * mine["accuracy"], yerr=error, fmt=marker, color=colour, capsize=2, linewidth=0.5
             )
