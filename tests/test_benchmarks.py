@@ -1,0 +1,417 @@
+"""What is known of each task agrees with its file, its list and its warnings; verdicts are read off the right text."""
+
+import copy
+import dataclasses
+import importlib
+import io
+import pickle
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from rich.console import Console
+
+from dms_lab import pareto
+from dms_lab.evaluation import benchmarks, listing, progress, scores
+from dms_lab.evaluation.benchmarks import BENCHMARKS, TASKS, Benchmark, Graders, Reply, check_graders, judge
+from dms_lab.evaluation.math_worker import Result as MathResult
+from dms_lab.evaluation.verdict import Verdict
+from dms_lab.results import Result
+
+MODELS = {path.stem for path in (Path(__file__).parent.parent / "conf" / "model").glob("*.yaml")}
+
+
+class Loader(yaml.SafeLoader):
+    """Reads lm-eval's `!function a.b.c` as the dotted name."""
+
+
+Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+
+
+def task_file(path):
+    """A task file with what it includes, as plain values."""
+    values = yaml.load(path.read_text(), Loader)
+    included = values.pop("include", None)
+    return (task_file(path.parent / included) if included else {}) | values
+
+
+# -- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def test_there_is_a_task_file_for_every_benchmark_and_the_other_way_round():
+    assert {path.stem for path in TASKS.glob("dms_*.yaml")} == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_a_task_file_names_its_task_and_the_results_of_its_own_kind(task):
+    values = task_file(TASKS / f"{task}.yaml")
+    assert values["task"] == task
+    module, _, name = values["process_results"].rpartition(".")
+    results = getattr(importlib.import_module(module), name)
+    assert isinstance(results, partial)
+    assert results.func is benchmarks._results
+    (benchmark,) = results.args
+    assert (benchmark.kind, benchmark.grade) == (BENCHMARKS[task].kind, BENCHMARKS[task].grade)
+    assert benchmark.needs_end == BENCHMARKS[task].needs_end
+    assert name == f"results_of_{benchmark.kind}"
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_a_task_s_metrics_hold_its_headline(task):
+    metrics = {metric["metric"] for metric in task_file(TASKS / f"{task}.yaml")["metric_list"]}
+    assert BENCHMARKS[task].headline in metrics
+    assert BENCHMARKS[task].headline in scores.ACCURACIES
+    results = benchmarks._results(BENCHMARKS[task], {}, [[Reply("", False, Verdict(1.0))]])
+    assert set(results) == metrics
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_only_programs_are_run_and_expected_scores_are_percentages_of_models_known_here(task):
+    benchmark = BENCHMARKS[task]
+    assert benchmark.runs_code == (benchmark.kind == "code") == (task == "dms_livecodebench")
+    assert set(benchmark.expected) <= MODELS
+    assert all(1 < score < 100 for score in benchmark.expected.values())
+    of_the_paper = task in ("dms_aime24", "dms_math500", "dms_gpqa_diamond", "dms_livecodebench")
+    assert bool(benchmark.expected) == of_the_paper
+
+
+# -- verdicts ----------------------------------------------------------------------------------------------------------
+
+ECHO = Benchmark("echo", lambda graders, doc, answer: Verdict(float(answer == doc["answer"]), answer), "avg")
+TO_THE_END = dataclasses.replace(ECHO, needs_end=True)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "text", "truncated", "think_end", "verdict"),
+    [
+        (ECHO, "7", False, None, Verdict(1.0, "7")),
+        (ECHO, "8", False, None, Verdict(0.0, "8")),
+        (ECHO, "a thought</think>7", False, "</think>", Verdict(1.0, "7")),
+        (ECHO, "a thought</think>7", False, None, Verdict(0.0, "a thought</think>7")),
+        (ECHO, "a thought</think>7", True, "</think>", Verdict(1.0, "7")),
+        (ECHO, "7", True, None, Verdict(1.0, "7")),
+        (ECHO, "7", False, "</think>", Verdict(0.0, None, "the thought never ended")),
+        (ECHO, "7", True, "</think>", Verdict(0.0, None, "cut off within the thought")),
+        (TO_THE_END, "7", True, None, Verdict(0.0, None, "cut off within the answer")),
+        (TO_THE_END, "a thought</think>7", True, "</think>", Verdict(0.0, None, "cut off within the answer")),
+        (TO_THE_END, "7", True, "</think>", Verdict(0.0, None, "cut off within the thought")),
+        (TO_THE_END, "7", False, None, Verdict(1.0, "7")),
+    ],
+)
+def test_the_answer_is_what_follows_the_thought(benchmark, text, truncated, think_end, verdict):
+    assert judge(benchmark, Graders(), {"answer": "7"}, text, truncated, think_end) == verdict
+
+
+@pytest.fixture
+def no_worker(monkeypatch):
+    """math-verify's place is taken by a comparison of what stands in the box."""
+
+    def verify(gold, text):
+        inside = text.rpartition("boxed{")[2].partition("}")[0]
+        return MathResult(inside == gold, inside)
+
+    monkeypatch.setattr(benchmarks, "_math_worker", lambda: SimpleNamespace(verify=verify))
+
+
+@pytest.mark.parametrize(
+    ("task", "gold", "right", "wrong", "answer"),
+    [
+        ("dms_aime24", "7", r"so \boxed{007}", r"\boxed{8}", "7"),
+        ("dms_aime25", "7", r"\boxed{7}", r"\boxed{6}", "7"),
+        ("dms_math500", "x+1", r"\boxed{x+1}", r"\boxed{x}", "x+1"),
+        ("dms_gpqa_diamond", "C", "Answer: C", "Answer: D", "C"),
+        ("dms_niah_single", '["12"]', "it is 12", "13", None),
+        ("dms_niah_multikey", '["12"]', "it is 12", "13", None),
+        ("dms_vt", '["AB", "CD"]', "CD AB", "nothing", None),
+        ("dms_tiny_ledger", "7", "7", " 7", "7"),
+        ("dms_tiny_road", "b", "b", "c", "b"),
+        ("dms_tiny_program", "7", "7", "77", "7"),
+    ],
+)
+def test_each_task_has_the_grader_of_its_answers(no_worker, task, gold, right, wrong, answer):
+    verdict = judge(BENCHMARKS[task], Graders(), {"answer": gold}, right, False, None)
+    assert (verdict.score, verdict.answer) == (1.0, answer)
+    assert judge(BENCHMARKS[task], Graders(), {"answer": gold}, wrong, False, None).score == 0
+
+
+def test_programs_are_graded_with_the_limits_and_in_the_sandbox_that_were_asked_for(monkeypatch):
+    monkeypatch.setattr(benchmarks.livecodebench, "grade", lambda *asked: asked)
+    graders = Graders("none", benchmarks.SandboxLimits(1.0))
+    asked = judge(BENCHMARKS["dms_livecodebench"], graders, {"id": "d"}, "a thought</think>a program", False, "</think>")
+    assert asked == ({"id": "d"}, "a program", graders.limits, "none")
+
+
+def test_a_part_of_what_was_to_be_found_is_a_part_of_the_score():
+    assert judge(BENCHMARKS["dms_vt"], Graders(), {"answer": '["AB", "CD"]'}, "ab", False, None).score == 0.5
+
+
+def test_an_answer_that_ran_out_of_tokens_is_wrong_for_the_embedded_tasks_alone():
+    wrong = {task for task, benchmark in BENCHMARKS.items() if benchmark.needs_end}
+    assert wrong == {"dms_tiny_ledger", "dms_tiny_road", "dms_tiny_program"}
+
+
+def test_a_reply_is_its_text_and_is_still_one_after_it_was_copied_or_stored():
+    reply = Reply("text", True, Verdict(1.0, "7"))
+    assert reply == "text"
+    assert isinstance(reply, str)
+    for again in (copy.copy(reply), copy.deepcopy(reply), pickle.loads(pickle.dumps(reply))):
+        assert (type(again), again, again.truncated, again.verdict) == (Reply, "text", True, Verdict(1.0, "7"))
+    assert Reply("text", False).verdict is None
+
+
+# -- what lm-eval is given ---------------------------------------------------------------------------------------------
+
+
+def chains(*verdicts, truncated=()):
+    return [[Reply("text", place in truncated, Verdict(*verdict)) for place, verdict in enumerate(verdicts)]]
+
+
+@pytest.mark.parametrize(
+    ("replies", "avg", "maj", "pass_all", "truncated"),
+    [
+        (chains((1.0, "7")), 1, 1, 1, 0),
+        (chains((0.0, "8")), 0, 0, 0, 0),
+        (chains((1.0, "7"), (0.0, "8"), (0.0, "8"), (0.0, None)), 0.25, 0, 1, 0),
+        (chains((1.0, "7"), (1.0, "7"), (0.0, "8"), (0.0, None)), 0.5, 1, 1, 0),
+        (chains((0.0, None), (0.0, None), (1.0, "7")), 1 / 3, 1, 1, 0),  # who has no answer does not vote
+        (chains((0.0, "8"), (1.0, "7")), 0.5, 0, 1, 0),  # of equals the first
+        (chains((0.5, None), (0.25, None)), 0.375, 0, 0.5, 0),  # nobody votes
+        (chains((1.0, "7"), (0.0, None), truncated={1}), 0.5, 1, 1, 0.5),
+    ],
+)
+def test_chains_become_the_numbers_of_a_problem(replies, avg, maj, pass_all, truncated):
+    found = benchmarks.results_of_embedded({"answer": "not looked at"}, replies)
+    assert found == pytest.approx({"avg": avg, "maj": maj, "pass_all": pass_all, "truncated": truncated})
+
+
+def test_text_of_another_model_is_graded_as_it_comes():
+    texts = ["<think>B?</think>Answer: C", "Answer: C", "Answer: D", "<think>Answer: C", "Answer: D</think>Answer: C"]
+    found = benchmarks.results_of_choice({"answer": "C"}, [texts])
+    assert found == pytest.approx({"avg": 0.6, "maj": 1, "pass_all": 1, "truncated": 0.2})
+    alone = benchmarks.results_of_choice({"answer": "C"}, ["Answer: C"])  # one text instead of a list of them
+    assert alone == {"avg": 1, "maj": 1, "pass_all": 1, "truncated": 0}
+    assert benchmarks.results_of_choice({"answer": "C"}, [[Reply("<think>so", False)]])["truncated"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "end"), [("7", None), ("<think>7", "</think>"), ("7</think>8", "</think>"), ("<THINK>", None)]
+)
+def test_a_text_of_which_nothing_is_known_holds_a_thought_if_there_is_a_sign_of_one(text, end):
+    assert benchmarks.thought_end(text) == end
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sandbox", "is_checked"),
+    [
+        (["dms_aime24", "dms_livecodebench"], "bubblewrap", True),
+        (["dms_livecodebench"], "none", False),
+        (["dms_aime24", "dms_vt"], "bubblewrap", False),
+        (["arc_easy", "humaneval"], "bubblewrap", False),
+        ([], "bubblewrap", False),
+    ],
+)
+def test_the_sandbox_is_tried_if_programs_are_to_run_in_it_and_only_then(monkeypatch, tasks, sandbox, is_checked):
+    def refuse():
+        raise ValueError("no sandbox here")
+
+    monkeypatch.setattr(benchmarks, "check_sandbox", refuse)
+    if is_checked:
+        with pytest.raises(ValueError, match="no sandbox here"):
+            check_graders(tasks, Graders(sandbox))
+    else:
+        check_graders(tasks, Graders(sandbox))
+
+
+# -- the list of tasks -------------------------------------------------------------------------------------------------
+
+SIZES_AND_LICENCES = {
+    "dms_aime24": ("30", "see page"),
+    "dms_aime25": ("30", "see page"),
+    "dms_math500": ("500", "see page"),
+    "dms_gpqa_diamond": ("198", "CC-BY-4.0"),
+    "dms_livecodebench": ("1055; fewer between", "see page"),
+    "dms_niah_single": ("per length", "Apache-2.0"),
+    "dms_niah_multikey": ("per length", "Apache-2.0"),
+    "dms_vt": ("per length", "Apache-2.0"),
+    "dms_tiny_ledger": ("for the embedded model", "Apache-2.0"),
+    "dms_tiny_road": ("for the embedded model", "Apache-2.0"),
+    "dms_tiny_program": ("for the embedded model", "Apache-2.0"),
+}
+
+
+def test_the_list_has_each_task_with_its_size_licence_access_and_expected_scores():
+    console = Console(record=True, width=400, file=io.StringIO())
+    console.print(listing.task_table())
+    lines = {
+        task: line for task in BENCHMARKS for line in console.export_text(clear=False).splitlines() if f" {task} " in line
+    }
+    assert set(lines) == set(SIZES_AND_LICENCES)
+    for task, line in lines.items():
+        assert all(word in line for word in SIZES_AND_LICENCES[task]), line
+        assert ("gated: accept the terms on https://" in line) is (task == "dms_gpqa_diamond")
+        assert f" {BENCHMARKS[task].headline} " in line
+    assert "qwen_r1_1_5b 28.9, qwen_r1_7b 55.5, qwen_r1_32b 72.6, qwen3_8b 76 (± 5)" in lines["dms_aime24"]
+    assert "±" not in lines["dms_aime25"]
+    assert "livecodebench/code_generation_lite" in lines["dms_livecodebench"]
+
+
+def test_printing_the_list_says_where_the_task_files_are(capsys):
+    listing.print_tasks()
+    text = capsys.readouterr().out
+    assert all(task in text for task in BENCHMARKS)
+    assert str(TASKS) in text
+
+
+# -- how far it is -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What `progress` reads as the time: `clock.now`, in seconds."""
+    made = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: made.now))
+    return made
+
+
+def test_the_state_counts_complete_problems_and_shows_accuracy_with_its_interval(clock):
+    with progress.Meter("t", ["a", "b", "a", "b"], 100) as meter:
+        assert meter.state() == "0/2 problems, 0/4 chains"
+        meter.chain("a", truncated=False, is_new=True)
+        meter.graded("a", 1.0)
+        meter.chain("b", truncated=True, is_new=False)
+        low, high = pareto.wilson_interval(1, 1)
+        interval = f"[{100 * low:.0f}-{100 * high:.0f}]"
+        assert interval == "[21-100]"
+        assert meter.state() == f"0/2 problems, 2/4 chains, 100.0 % {interval}, 50 % truncated"
+        meter.chain("a", truncated=False, is_new=True)
+        meter.graded("a", 0.0)
+        meter.graded("b", 1.0)
+        for _ in range(50):
+            meter.token()
+        clock.now += 2
+        # One problem in a half and one in full, whatever number of chains: 1.5 of 2.
+        assert meter.state() == "1/2 problems, 3/4 chains, 25 tokens/s, 75.0 % [20-97], 33 % truncated"
+        meter.chain("b", truncated=True, is_new=True)
+        assert meter.state().startswith("2/2 problems, 4/4 chains, 25 tokens/s")
+        assert meter.state().endswith("50 % truncated")
+
+
+def test_a_log_gets_a_line_a_minute(clock, capsys):
+    meter = progress.Meter("t", ["a", "b", "c", "d"], 100)
+    said = lambda: capsys.readouterr().out  # noqa: E731
+    clock.now += 59.9
+    meter.chain("a", truncated=False, is_new=False)
+    assert said() == ""
+    clock.now += 0.1
+    meter.chain("b", truncated=False, is_new=True)  # 60 seconds for the first that was generated here, two to go
+    assert said() == "t: 2/4 problems, 2/4 chains, 0 % truncated, 2 min left\n"
+    clock.now += 59.9
+    meter.chain("c", truncated=False, is_new=True)
+    assert said() == ""
+    clock.now += 0.1
+    for _ in range(255):
+        meter.token()
+    assert said() == ""
+    meter.token()
+    assert said() == "t: 3/4 problems, 3/4 chains, 2 tokens/s, 0 % truncated, 1 min left\n"
+
+
+def test_no_time_is_foretold_before_a_chain_was_generated(clock, capsys):
+    meter = progress.Meter("t", ["a", "b"], 100)
+    clock.now += 61
+    meter.chain("a", truncated=False, is_new=False)
+    assert capsys.readouterr().out == "t: 1/2 problems, 1/2 chains, 0 % truncated\n"
+
+
+def test_a_terminal_gets_a_line_that_is_drawn_over_and_no_log(clock, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    terminal = Terminal()
+    monkeypatch.setattr(progress.sys, "stdout", terminal)
+    with progress.Meter("a task", ["a", "b"], 100) as meter:
+        clock.now += 120
+        meter.chain("a", truncated=False, is_new=True)
+        meter._bar.refresh()
+    assert "1/2 problems" in terminal.getvalue()
+    assert "min left" not in terminal.getvalue()
+
+
+# -- warnings ----------------------------------------------------------------------------------------------------------
+
+ROW = Result(
+    run_id="r",
+    model="qwen_r1_7b",  # AIME 2024: 55.5, give or take 5
+    method="full",
+    task="dms_aime24",
+    target_cr=1.0,
+    measured_cr=1.0,
+    window=None,
+    seed=0,
+    num_problems=30,
+    accuracy=0.4,
+    accuracy_low=0.35,
+    accuracy_high=0.45,
+    perplexity=None,
+    kv_reads=1.0,
+    peak_tokens=1.0,
+    kv_bytes_peak=1.0,
+    tokens_generated=1,
+    seconds=1.0,
+    config_hash="",
+    max_tokens=32768,
+    headline="avg",
+    metrics={"avg": [0.4, 0.35, 0.45]},
+    truncation_rate=0.1,
+    versions={},
+    git_revision="",
+)
+
+
+def warnings(limit=None, **changes):
+    suspicions = pytest.importorskip("dms_lab.evaluation.reasoning", reason="the extra `eval` is not installed").suspicions
+    return list(suspicions([dataclasses.replace(ROW, **changes)], SimpleNamespace(limit=limit)))
+
+
+@pytest.mark.parametrize("avg", [[0.4, 0.35, 0.45], [0.7, 0.61, 0.78], [0.5, 0.5, 0.504]])
+def test_a_full_attention_score_outside_of_what_others_measured_is_suspected(avg):
+    (sentence,) = warnings(metrics={"avg": avg})
+    value, low, high = (100 * x for x in avg)
+    assert f"qwen_r1_7b with full attention scores {value:.1f} % [{low:.0f}-{high:.0f}] on dms_aime24" in sentence
+    assert "published is 55.5: outside 5 points, so suspect the pipeline" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metrics": {"avg": [0.55, 0.45, 0.65]}},
+        {"metrics": {"avg": [0.4, 0.3, 0.51]}},  # the interval reaches 50.5
+        {"metrics": {"avg": [0.7, 0.6, 0.8]}},  # and 60.5
+        {"limit": 10},
+        {"max_tokens": 16384},
+        {"max_tokens": None},
+        {"model": "qwen3_0_6b"},
+        {"method": "dms"},
+        {"method": "tova"},
+        {"width": 4},
+        {"metrics": {}},
+        {"task": "dms_aime25"},
+        {"task": "dms_vt"},
+        {"task": "arc_easy"},
+    ],
+)
+def test_what_is_inside_or_cannot_be_compared_is_not_suspected(changes):
+    assert len(warnings()) == 1
+    assert warnings(**changes) == []
+
+
+def test_many_chains_that_ran_out_of_tokens_are_told():
+    inside = {"metrics": {"avg": [0.55, 0.45, 0.65]}}
+    assert warnings(**inside, truncation_rate=0.31) == ["31 % of the chains of dms_aime24 ran out of 32768 tokens"]
+    assert warnings(**inside, truncation_rate=0.2) == warnings(**inside, truncation_rate=None) == []
+    assert len(warnings(truncation_rate=0.5)) == 2
