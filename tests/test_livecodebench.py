@@ -15,7 +15,7 @@ import pytest
 from dms_lab.evaluation import livecodebench, livecodebench_files
 from dms_lab.evaluation.livecodebench import ERRATA, extract_code, grade, grade_many, problems, same_lines, same_value
 from dms_lab.evaluation.livecodebench_files import decoded
-from dms_lab.evaluation.sandbox import SandboxError, SandboxLimits, check_sandbox
+from dms_lab.evaluation.sandbox import SandboxError, SandboxLimits, check_sandbox, run_tests
 from dms_lab.evaluation.verdict import Verdict
 
 FILES = Path(__file__).parent / "data" / "livecodebench"
@@ -238,7 +238,7 @@ def test_tests_that_cannot_be_read_are_no_verdict(public, private):
         ("```python\na\n```\nand then\n```python\nb", None),
         ("```python\na\n```\nand then\n```", None),
         ("```python\ncut off\n\n```python\nb\n```", "b"),
-        ("say ```x``` and ```y```\n```python\na\n```", "a"),
+        ("say ```x```\n```python\na\n```\nwhere ```a``` is a", "a"),
         ("```python\na\n``` That is all.", "a"),
         ("   ```python\n   a\n   ```", "   a"),
         ("```python\n\n```", None),
@@ -340,6 +340,19 @@ def test_the_verdict_on_a_program(docs, bubblewrap, code, note):
 def test_the_verdict_on_a_function(docs, bubblewrap, body, note):
     code = f"class Solution:\n    def pairWithSum(self, nums: List[int], target: int) -> List[int]:\n        {body}"
     assert grade(docs["9001"], fenced(code), LIMITS) == Verdict(0.0 if note else 1.0, None, note)
+
+
+def test_nothing_is_run_after_the_first_failure(docs, bubblewrap, monkeypatch):
+    runs = []
+
+    def counted(*arguments):
+        runs.append(run_tests(*arguments))
+        return runs[-1]
+
+    monkeypatch.setattr(livecodebench, "run_tests", counted)
+    grade(docs["made_b"], fenced("print(6)"), LIMITS)
+    grade(docs["made_b"], fenced(SUM), LIMITS)
+    assert [len(outcomes) for outcomes in runs] == [2, 4]
 
 
 def test_an_answer_without_code_needs_no_sandbox(docs):

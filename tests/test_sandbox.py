@@ -1,5 +1,6 @@
 """Programs that are right, wrong, greedy or hostile, in the sandbox: each costs its own test and nothing else."""
 
+import ast
 import os
 import socket
 import subprocess
@@ -76,9 +77,9 @@ math.seen = True
     [
         "print(gcd(4, 6), Counter('aa')['a'], pow(2, 5, 7), sys.getrecursionlimit())",
         "import os\nos.write(1, b'2 2 4 50000\\n')",
-        "if __name__ == '__main__':\n    print('2 2 4 50000')\n    exit()",
+        "if __name__ == '__main__':\n    print('2 2 4 50000')\n    quit()",
         "print('2 2 4 50000')\nsys.exit(3)",
-        "import threading\nthreading.Thread(target=lambda: print('2 2 4 50000')).start()",
+        "import threading\nthreading.Timer(0.2, lambda: print('2 2 4 50000')).start()",
         "import atexit\natexit.register(lambda: print('2 2 4 50000'))",
         "def f(n):\n    return n and 1 + f(n - 1)\nprint(2, 2, 4, f(40000) + 10000)",
         "import io\nout = io.TextIOWrapper(open(1, 'wb', closefd=False))\nprint('2 2 4 50000', file=out)\nout.close()",
@@ -236,6 +237,10 @@ def test_files_are_bounded(source):
     assert statuses(run(source)) == ["error"]
 
 
+def test_one_file_is_bounded_outside_of_bubblewrap_too():
+    assert statuses(run("open('big', 'wb').write(bytes(5 << 20))", place="none")) == ["error"]
+
+
 @pytest.mark.parametrize(
     "where", ["/", "/usr/lib", "/usr/bin", "/dev/shm", "/dev", "/etc", "/packages", sys.base_prefix + "/lib"]
 )
@@ -271,6 +276,9 @@ print(os.path.exists({str(tmp_path)!r}), os.path.exists({str(Path(__file__))!r})
 print(len([name for name in os.listdir("/proc") if name.isdigit()]), os.getuid(), os.listdir("/tmp"))
 """
     assert run(source)[0].output == "False False False\n2 65534 []\n"
+    top = set(ast.literal_eval(run("import os\nprint(os.listdir('/'))")[0].output))
+    python = {Path(sys.base_prefix).parts[1], *(path.parts[1] for path in sandbox._python_places())}
+    assert top <= {"bin", "dev", "etc", "lib", "lib32", "lib64", "libexec", "packages", "proc", "tmp", "usr"} | python
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ for root in ("/proc", "/tmp", "/etc", "/packages", "/root", "/home", "/dev"):
 with open("/proc/self/maps") as maps:
     ranges = [[int(place, 16) for place in line.split()[0].split("-")] for line in maps]
 for first, last in ranges:
-    with contextlib.suppress(OSError, OverflowError), open("/proc/self/mem", "rb") as memory:
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/mem", "rb") as memory:
         memory.seek(first)
         look(memory.read(min(last - first, 64 << 20)))
 print(*sorted(word.decode() for word in found))
