@@ -328,6 +328,7 @@ CHOICES = [
     (r"First \boxed{A}, then \boxed{B}", "B"),
     (r"\boxed{B}. The value was \boxed{5}", "B"),
     (r"\boxed{B_2}", None),
+    (r"\boxed{(A)^2}", None),
     (r"\boxed{E}", None),
     (r"\boxed{AB}", None),
     (r"\boxed{A, B}", None),
@@ -350,6 +351,7 @@ CHOICES = [
     ("We rule out the others.\n\n**(B)**\n\nI hope this helps.", "B"),
     ("It cannot be (A).\nSo I go with (B).", "B"),
     ("(A) turns (B) into (C)", None),
+    ("It cannot be (A).\nI do not know.", None),
     ("f(B) grows", None),
     ("(E)", None),
     ("I do not know.", None),
@@ -439,13 +441,13 @@ def test_no_text_makes_a_grader_raise(text):
         "1,",
     ],
 )
-def test_a_megabyte_of_anything_is_graded_in_seconds(unit):
-    text = unit * (1_000_000 // len(unit))
+def test_hundreds_of_kilobytes_of_anything_are_graded_in_seconds(unit):
+    text = unit * (300_000 // len(unit))
     started = time.process_time()
     check_aime(text, "73")
     check_math(text, "73", lambda *_: Result(False))
     check_choice(text, "A")
-    assert time.process_time() - started < 20
+    assert time.process_time() - started < 6
 
 
 @given(st.text(), st.text(), st.lists(st.text(max_size=3), min_size=1, max_size=6), st.integers())

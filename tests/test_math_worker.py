@@ -55,6 +55,7 @@ def test_values_written_differently_have_one_canonical_form(worker):
         return worker.verify("0", rf"\boxed{{{text}}}", 60).canonical
 
     assert len({form(text) for text in (r"\frac12", ".50", r"\dfrac{2}{4}", "x = 1/2", r"\tfrac{1}{2}", "0.5")}) == 1
+    assert form(r"\sqrt{12}, 3, 3.0") == form(r"3, 2\sqrt{3}") == form(r"\{\frac{6}{2}, 2\sqrt{3}\}")
     assert form("3,1,2") == form(r"\{2, 3, 1\}") != form("(3,1,2)")
     assert form(r"\begin{pmatrix}0.5\\2\end{pmatrix}") == form(r"\begin{bmatrix}\frac12\\2\end{bmatrix}") == "[[1/2], [2]]"
     assert form(r"\frac{\sqrt{12}}{2}") == form(r"\sqrt3") == "sqrt(3)"
@@ -148,7 +149,7 @@ worker.verify("1", "1", 60)
 print(worker._process.pid, flush=True)
 print(sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "sympy", "math_verify"}), flush=True)
 if sys.argv[1] == "busy":
-    threading.Thread(target=worker.verify, args=("1", r"\\boxed{9^{9^{9^{9}}}}", 2.0)).start()
+    threading.Thread(target=worker.verify, args=("1", r"\\boxed{9^{9^{9^{9}}}}", 1.0)).start()
 if sys.argv[1] != "leave":
     threading.Event().wait()
 """
