@@ -187,7 +187,6 @@ def _child(job: dict, text: str, stdin: int, stdout: int, result: int) -> None:
             os.dup2(fd, place)
         os.closerange(_RESULT + 1, max(high) + 64)
         _limit(job)
-        _prctl(_PR_SET_DUMPABLE, 1)
         sys.set_int_max_str_digits(50000)
         _write(_RESULT, json.dumps(_call(job, text) if job["fn_name"] else _program(job)).encode())
         code = 0
