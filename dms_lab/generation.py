@@ -24,6 +24,7 @@ from dms_lab.chains import Chain, Generated, Prompt, Settings, unfit
 from dms_lab.sampling import Sampler, SamplingConfig, chain_generator
 from dms_lab.structure import num_kv_heads, output_head
 
+_ENTRY_BYTES = 8  # of a page in the table of pages
 _WAVE_TOKENS = 16384  # of prompts that are prefilled together, padding included
 
 
@@ -377,9 +378,9 @@ class Engine:
     def _held(self, places: list[int]) -> list[tuple[float, float, int]]:
         """Of each sequence: live slots and slots read in a step, mean over layers and heads, and bytes."""
         slots, live, read = self._lengths(places), self.cache.live_slots(), self.cache.read_slots()
-        pages = (-(-slots // self.cache.page_size)).sum((1, 2)) * self.cache.pool.page_bytes
-        tables = self.cache.table_bytes // (self.settings.places + 1)
-        counts = (live.double().mean((1, 2)), read.double().mean((1, 2)), pages + tables)
+        pages = (-(-slots // self.cache.page_size)).sum((1, 2))
+        held = pages * (self.cache.pool.page_bytes + _ENTRY_BYTES) + self.cache.row_bytes
+        counts = (live.double().mean((1, 2)), read.double().mean((1, 2)), held)
         return list(zip(*(x.tolist() for x in counts), strict=True))
 
     @staticmethod

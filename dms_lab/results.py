@@ -1,6 +1,7 @@
 """Results as lines of JSON: one object per (method, task, budget), appended whole, read back strictly."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -94,6 +95,27 @@ def append(path: Path, results: list[Result]) -> None:
         for line in lines:
             file.write(line)
         os.fsync(file.fileno())
+
+
+def append_new(path: Path, results: list[Result]) -> None:
+    """Appends the results that `path` does not have yet: the same but for the time it took and what computed it.
+
+    For a run that was stopped after it had written, and is started again.
+    """
+    known = [_what(row) for row in load(path).to_dict("records")] if path.is_file() and path.stat().st_size else []
+    append(path, [result for result in results if _what(asdict(result)) not in known])
+
+
+def _what(row: dict) -> str:
+    passing = ("seconds", "versions", "git_revision", "schema_version")
+    return json.dumps({name: _plain(value) for name, value in sorted(row.items()) if name not in passing})
+
+
+def _plain(value: object) -> object:
+    """A value as JSON has it: pandas reads nulls beside numbers as NaN, and whole numbers beside nulls as fractions."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def append_result(path: Path, row: Result) -> None:

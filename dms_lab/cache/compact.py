@@ -243,6 +243,13 @@ class CompactCache(PolicyCache):
         return sum(layer.slots.nbytes for layer in self.layers if layer.slots is not None) + sum(fetched)
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence's rows in the tables, beside 8 for each page it holds: no matter who else is there."""
+        fetched = sorted(getattr(layer, "fetched_bytes", 0) for layer in self.layers)[-2:]
+        rows = next((len(layer.slots.length) for layer in self.layers if layer.slots is not None), 1)
+        return sum(layer.slots.row_bytes for layer in self.layers if layer.slots is not None) + sum(fetched) // rows
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of all pages and tables, as the allocator sees them."""
         return self.table_bytes + (0 if self.pool is None else self.pool.allocated_bytes)

@@ -56,6 +56,11 @@ class SlotTable:
         """Bytes of the tables."""
         return sum(getattr(self, name).nbytes for name in _PER_ROW)
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a sequence's rows in all tables but that of the pages, which is as wide as the longest head asks."""
+        return (self.nbytes - self.table.nbytes) // len(self.length)
+
     def longest(self) -> int:
         """The most slots of a head among the rows in use. Waits for the device."""
         return int(self.get("length").max())

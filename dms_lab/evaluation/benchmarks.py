@@ -175,14 +175,31 @@ def _is_truncated(chain: str) -> bool:
     return getattr(chain, "truncated", THINK in chain and END_THINK not in chain)
 
 
-def _results_of(kind: str) -> Callable[[dict, Sequence[Any]], dict[str, float]]:
-    benchmark = next(b for b in BENCHMARKS.values() if b.kind == kind)
-    return functools.partial(_results, benchmark)
+def results_of_aime(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one problem of AIME."""
+    return _results(BENCHMARKS["dms_aime24"], doc, results)
 
 
-results_of_aime = _results_of("aime")
-results_of_math = _results_of("math")
-results_of_choice = _results_of("choice")
-results_of_code = _results_of("code")
-results_of_ruler = _results_of("ruler")
-results_of_embedded = _results_of("embedded")
+def results_of_math(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one problem of MATH-500."""
+    return _results(BENCHMARKS["dms_math500"], doc, results)
+
+
+def results_of_choice(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one multiple-choice question."""
+    return _results(BENCHMARKS["dms_gpqa_diamond"], doc, results)
+
+
+def results_of_code(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one programming problem; runs the programs in the sandbox."""
+    return _results(BENCHMARKS["dms_livecodebench"], doc, results)
+
+
+def results_of_ruler(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one retrieval prompt."""
+    return _results(BENCHMARKS["dms_vt"], doc, results)
+
+
+def results_of_embedded(doc: dict, results: Sequence[Any]) -> dict[str, float]:
+    """The metrics of one problem of the embedded tasks."""
+    return _results(BENCHMARKS["dms_tiny_ledger"], doc, results)

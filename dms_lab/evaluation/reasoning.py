@@ -91,7 +91,7 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
     with SampleStore(what.folder / SAMPLES, f"shard-{part}-of-{parts}") as store:
         for job in what.jobs:
             for rows in _evaluate_job(what, job, tasks, store, graders):
-                results.append(path, rows)
+                results.append_new(path, rows)
                 found += rows
     if parts > 1:
         console.print(
