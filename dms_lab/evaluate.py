@@ -18,6 +18,7 @@ from dms_lab.train import CONFIG_PATH, command_line
 @hydra.main(version_base="1.3", config_path=CONFIG_PATH, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Lists the tasks, runs benchmarks, or evaluates a run's family and its rivals; appends to `results.jsonl`."""
+    from dms_lab.evaluation.sandbox import SandboxError
     from dms_lab.terminal import quiet
 
     try:
@@ -44,7 +45,7 @@ def main(cfg: DictConfig) -> None:
         from dms_lab.evaluation.reasoning import evaluate_benchmarks
 
         evaluate_benchmarks(config)
-    except ValueError as error:
+    except (ValueError, SandboxError) as error:
         sys.exit(f"error: {error}")
 
 

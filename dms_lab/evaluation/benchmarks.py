@@ -6,8 +6,8 @@ The functions `results_of_*` are what the task files name as `process_results`. 
 its verdict along; text of any other lm-eval model is graded here.
 """
 
-import functools
 import json
+import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,13 +53,18 @@ class Graders:
         return f"{seconds}-{self.limits.memory_bytes >> 20}MiB"
 
     def math(self, gold: str, text: str) -> Any:
-        """What math-verify says about an answer."""
-        return _math_worker().verify(gold, text)
+        """What math-verify says about an answer; as many processes as threads ask at once, kept for the next ones."""
+        try:
+            worker = _IDLE.get_nowait()
+        except queue.Empty:
+            worker = MathWorker()
+        try:
+            return worker.verify(gold, text)
+        finally:
+            _IDLE.put(worker)
 
 
-@functools.lru_cache(maxsize=1)
-def _math_worker() -> MathWorker:
-    return MathWorker()
+_IDLE: queue.SimpleQueue[MathWorker] = queue.SimpleQueue()
 
 
 def _aime(graders: Graders, doc: dict, answer: str) -> Verdict:
