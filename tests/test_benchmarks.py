@@ -5,7 +5,7 @@ import dataclasses
 import importlib
 import io
 import pickle
-from functools import partial
+import queue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,17 +45,15 @@ def test_there_is_a_task_file_for_every_benchmark_and_the_other_way_round():
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
-def test_a_task_file_names_its_task_and_the_results_of_its_own_kind(task):
+def test_a_task_file_names_its_task_and_the_results_of_its_own_kind(monkeypatch, task):
     values = task_file(TASKS / f"{task}.yaml")
     assert values["task"] == task
     module, _, name = values["process_results"].rpartition(".")
-    results = getattr(importlib.import_module(module), name)
-    assert isinstance(results, partial)
-    assert results.func is benchmarks._results
-    (benchmark,) = results.args
-    assert (benchmark.kind, benchmark.grade) == (BENCHMARKS[task].kind, BENCHMARKS[task].grade)
-    assert benchmark.needs_end == BENCHMARKS[task].needs_end
-    assert name == f"results_of_{benchmark.kind}"
+    monkeypatch.setattr(benchmarks, "_results", lambda benchmark, doc, results: (benchmark, doc, results))
+    benchmark, *given = getattr(importlib.import_module(module), name)({"id": "d"}, ["reply"])
+    assert given == [{"id": "d"}, ["reply"]]
+    for what in ("kind", "grade", "needs_end", "version"):
+        assert getattr(benchmark, what) == getattr(BENCHMARKS[task], what)
 
 
 @pytest.mark.parametrize("task", BENCHMARKS)
@@ -112,7 +110,8 @@ def no_worker(monkeypatch):
         inside = text.rpartition("boxed{")[2].partition("}")[0]
         return MathResult(inside == gold, inside)
 
-    monkeypatch.setattr(benchmarks, "_math_worker", lambda: SimpleNamespace(verify=verify))
+    monkeypatch.setattr(benchmarks, "MathWorker", lambda: SimpleNamespace(verify=verify))
+    monkeypatch.setattr(benchmarks, "_IDLE", queue.SimpleQueue())
 
 
 @pytest.mark.parametrize(
