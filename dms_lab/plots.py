@@ -161,7 +161,7 @@ def _percent(share: float | None, digits: int = 1) -> str:
 def benchmark_figures(frame: "pd.DataFrame", folder: Path) -> list[Path]:
     """Writes `pareto-<task>.png` for each task with an accuracy and a cost: every point, and each method's frontier."""
     found = []
-    measured = frame[frame["accuracy"].notna() & frame["kv_reads"].notna()]
+    measured = frame[frame["accuracy"].notna() & (frame["kv_reads"] > 0)]
     for task, rows in measured.groupby("task"):
         found.append(_benchmark_png(rows, str(task), folder / f"pareto-{task}.png"))
     return found

@@ -216,3 +216,39 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(checkpoint, tmp_path):
             pairs = zip(killed.samples(task, run), whole.samples(task, run), strict=True)
             assert all(a.ids == b.ids and a.key == b.key for a, b in pairs)
     assert len(set(counts)) > 4
+
+
+FOREIGN = {
+    "choice": "output_type: multiple_choice\ndoc_to_choice: choices\ndoc_to_target: a\ntarget_delimiter: ''\n"
+    "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]",
+    "text": "output_type: generate_until\ndoc_to_target: '{{choices[0]}}'\n"
+    'generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}\n'
+    "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]",
+    "rolling": "output_type: loglikelihood_rolling\ndoc_to_target: '{{text}}'\n"
+    "metric_list: [{metric: word_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]",
+}
+
+
+def test_other_tasks_of_lm_eval_run_under_the_policy_too(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    docs = [
+        {"q": f"def f{i}(x):\n    return", "choices": [" x", " f", ":"], "a": 0, "text": "import os\n" * 9}
+        for i in range(3)
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+    for name, text in FOREIGN.items():
+        head = f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'd.jsonl'}}}}}\n"
+        (tmp_path / f"{name}.yaml").write_text(f"{head}test_split: test\ndoc_to_text: '{{{{q}}}}'\n{text}\n")
+    files = tuple(str(tmp_path / f"{name}.yaml") for name in FOREIGN)
+    evaluate_benchmarks(configure(checkpoint, tmp_path / "out", tasks=files, limit=2))
+    found = {row["task"]: row for row in rows_of(tmp_path / "out")}
+    assert list(found) == ["local_choice", "local_text", "local_rolling"]
+    choice, text, rolling = found.values()
+    assert (choice["headline"], choice["num_problems"]) == ("acc,none", 2)
+    assert 0 <= choice["accuracy_low"] <= choice["accuracy"] <= choice["accuracy_high"] <= 1
+    assert choice["kv_reads"] is None
+    assert text["kv_reads"] > 0
+    assert text["truncation_rate"] is not None
+    assert rolling["accuracy"] is None
+    assert rolling["perplexity"] > 1
+    assert rolling["metrics"]["word_perplexity,none"][1:] == [None, None]

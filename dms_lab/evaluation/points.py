@@ -6,12 +6,11 @@ Chains of one problem are in memory at a time: their traces are by far the large
 """
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from dms_lab import accounting
+from dms_lab import accounting, pareto
 from dms_lab.evaluation import scores
 from dms_lab.evaluation.benchmarks import BENCHMARKS
 from dms_lab.evaluation.hard import Label
@@ -117,15 +116,16 @@ def foreign_results(task: str, found: dict[str, Any], lm: DmsLM, label: Label) -
     """A result for a task (or group) of lm-eval's own, by its first metric; costs where chains were generated."""
     if task not in found["results"]:
         raise ValueError(f"lm-eval gives no result named {task}; name one of {', '.join(found['results'])}")
-    row = found["results"][task]
-    metrics = {}
-    for name, value in row.items():
-        if isinstance(value, int | float) and "," in name and "_stderr," not in name:
-            error = row.get(name.replace(",", "_stderr,"))
-            half = 1.959964 * error if isinstance(error, int | float) else math.nan
-            metrics[name] = [float(value), value - half, value + half]
+    samples = found["n-samples"]
+    number = samples[task]["effective"] if task in samples else sum(n["effective"] for n in samples.values())
+    values = {
+        name: float(value)
+        for name, value in found["results"][task].items()
+        if isinstance(value, int | float) and "," in name and "_stderr," not in name
+    }
+    metrics = {name: [value, *_interval(name, value, number)] for name, value in values.items()}
     headline, (value, low, high) = next(iter(metrics.items()))
-    is_share = "perplexity" not in headline and "bits_per_byte" not in headline
+    is_share = low is not None
     chains = [sample for asked in lm.asked for sample in lm.stored(asked)]
     usage = accounting.usage(sample.trace.request(sample.num_prompt) for sample in chains) if chains else None
     return [
@@ -133,11 +133,10 @@ def foreign_results(task: str, found: dict[str, Any], lm: DmsLM, label: Label) -
             **vars(label),
             task=task,
             measured_cr=usage.measured_cr if usage else None,
-            num_problems=sum(n["effective"] for name, n in found["n-samples"].items() if name == task)
-            or sum(n["effective"] for n in found["n-samples"].values()),
+            num_problems=number,
             accuracy=value if is_share else None,
-            accuracy_low=low if is_share else None,
-            accuracy_high=high if is_share else None,
+            accuracy_low=low,
+            accuracy_high=high,
             perplexity=None if is_share else value,
             kv_reads=usage.kv_reads if usage else None,
             peak_tokens=usage.peak_tokens if usage else None,
@@ -149,3 +148,10 @@ def foreign_results(task: str, found: dict[str, Any], lm: DmsLM, label: Label) -
             truncation_rate=sum(s.finish_reason == "length" for s in chains) / len(chains) if chains else None,
         )
     ]
+
+
+def _interval(name: str, value: float, number: int) -> tuple[float, float] | tuple[None, None]:
+    """Wilson's interval of a share of `number` problems; none for perplexities and the like, which are no shares."""
+    if "perplexity" in name or "bits_per" in name or not 0 <= value <= 1:
+        return None, None
+    return pareto.wilson_interval(value * number, number)

@@ -126,6 +126,10 @@ def load_task(name: str, config: EvaluateConfig, tokenizer: str) -> dict[str, An
         options |= {"lengths": list(settings.lengths) if settings.lengths else None}
         options = {key: value for key, value in options.items() if value is not None}
         loaded = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=options).load([name])
+    elif name.endswith(".yaml"):
+        if not Path(name).is_file():
+            raise ValueError(f"there is no task file {name}")
+        loaded = TaskManager(include_defaults=False, metadata={"tokenizer": tokenizer}).load([name])
     else:
         manager = TaskManager(metadata={"tokenizer": tokenizer})
         if not manager.match_tasks([name]):
@@ -181,7 +185,8 @@ def _evaluate_job(
             if name in BENCHMARKS:
                 yield points.results_of(name, asked, settings, label, what.config.regrade)
             else:
-                yield points.foreign_results(name, scored, asked[0], label)
+                called = next(iter(task_dict["tasks"])) if name.endswith(".yaml") else name
+                yield points.foreign_results(called, scored, asked[0], label)
 
 
 def _language_model(attached: Attached, seed: int, store: SampleStore, graders: Graders, config: EvaluateConfig) -> DmsLM:
@@ -216,7 +221,7 @@ def _run(lm: DmsLM, task_dict: dict[str, Any], config: EvaluateConfig, is_ours: 
         samples=samples or None,
         apply_chat_template=is_ours and config.eval.chat,
         log_samples=False,
-        bootstrap_iters=1000 if not is_ours else 0,
+        bootstrap_iters=0,  # intervals are made here
         confirm_run_unsafe_code=True,
     )
 
