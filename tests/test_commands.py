@@ -107,7 +107,9 @@ def test_pretraining_leaves_a_model_that_loads_as_any_other(tmp_path):
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(tmp_path / "model"))
 
 
-README = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    (make|python) ", line)]
+README = [
+    line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    (make|python|lm-eval) ", line)
+]
 TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
 RUN_BY = {
     "make demo": "CI",
@@ -124,6 +126,23 @@ RUN_BY = {
         "test_a_file_is_answered_and_the_same_command_goes_on"
     ),
     "python -m dms_lab.evaluate checkpoint=runs/<run>": "test_train_ends_with_the_evaluation_and_evaluate_repeats_it",
+    "python -m dms_lab.evaluate tasks=list": "test_tasks_are_listed_with_sizes_licences_access_and_expected_scores",
+    "python -m dms_lab.evaluate checkpoint=runs/<run> eval=reasoning": (
+        "test_benchmarks_of_a_checkpoint_by_parts_and_then_the_results"
+    ),
+    (
+        "python -m dms_lab.evaluate checkpoint=runs/<run> eval=reasoning eval.width=1,4,8 eval.max_tokens=8192,16384,32768"
+    ): "test_benchmarks_of_a_checkpoint_by_parts_and_then_the_results",
+    "python -m dms_lab.evaluate model=qwen_r1_7b policy=tova budget=4096 eval=reasoning tasks=dms_aime24": (
+        "test_a_model_as_it_is_runs_under_an_untrained_rule"
+    ),
+    "python -m dms_lab.evaluate checkpoint=runs/<run> eval=reasoning shard=3/8": (
+        "test_benchmarks_of_a_checkpoint_by_parts_and_then_the_results"
+    ),
+    (
+        "lm-eval run --model dms --model_args checkpoint=runs/<run>/checkpoints/cr8 --tasks <folder>/dms_aime24.yaml "
+        "--apply_chat_template"
+    ): "test_lm_evals_own_command_knows_the_model_and_the_tasks",
     "python -m dms_lab.preview data=jsonl data.path=<chats.jsonl>": "test_preview_shows_documents_with_their_mask",
     "python -m dms_lab.pretrain out=runs/tiny_model": "test_pretraining_leaves_a_model_that_loads_as_any_other",
 }

@@ -1,5 +1,6 @@
 """lm-eval's model `dms`: what is asked reaches the chains, what they say the graders, and nothing is drawn twice."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -136,6 +137,14 @@ def test_a_longer_limit_draws_only_what_was_cut_and_goes_on_as_it_began(random, 
 )
 def test_whether_an_answer_stands_after_a_thought(tiny, thinking, prompt, is_ours, expected):
     assert DmsLM(attached=tiny, thinking=thinking).think_end(prompt, is_ours) == expected
+
+
+def test_templates_that_can_are_told_whether_to_think(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = "{{ 'off' if enable_thinking is defined and not enable_thinking else 'on' }}"
+    for thinking, expected in (("auto", "on"), ("yes", "on"), ("no", "off")):
+        model = DmsLM(attached=replace(tiny, tokenizer=tokenizer), thinking=thinking)
+        assert model.apply_chat_template([{"role": "user", "content": "a"}]) == expected
 
 
 def test_a_model_without_the_token_does_not_think(tiny):

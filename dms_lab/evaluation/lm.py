@@ -75,7 +75,8 @@ class DmsLM(HFLM):
 
     `samples`: a folder (or store) in which every chain is kept, so that a stopped run goes on; `writer` names this job's
     shard in it. `places` chains decode together; `batch_size` is for loglikelihoods alone. `thinking`: whether answers
-    stand after the end of a thought, `auto`: if `</think>` is a token and the prompt does not close the thought itself.
+    stand after the end of a thought (and templates that can are told so); `auto`: if `</think>` is a token and the prompt
+    does not close the thought itself.
     """
 
     def __init__(
@@ -115,6 +116,9 @@ class DmsLM(HFLM):
         before, level = logger.level, logging.ERROR  # it warns that a model was passed in, which is so on purpose
         logger.setLevel(level)
         think_end = END_THINK if template.get("enable_thinking") else None
+        if thinking != "auto":  # templates that know no such switch ignore it
+            asked = {"enable_thinking": thinking == "yes"}
+            template["chat_template_args"] = asked | (template.get("chat_template_args") or {})
         super().__init__(
             pretrained=self.attached.handle.model,
             tokenizer=self.attached.tokenizer,
