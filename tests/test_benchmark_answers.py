@@ -103,7 +103,9 @@ def test_answers_are_read_after_the_thought_and_chains_are_combined(
     with SampleStore(tmp_path / "samples") as store:
         (run_hash,) = {summary.run for summary in store.summaries()}
         verdicts = store.verdicts(task, run_hash, f"{lm.BENCHMARKS[task].kind}-1")
+        frame = store.to_frame()
     assert {v.note for (key, _), v in verdicts.items() if key.chain == 1} == {"cut off within the thought"}
+    assert frame.groupby("chain")["score"].mean().tolist() == [1, 0, 0]
 
 
 @pytest.fixture

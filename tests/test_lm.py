@@ -269,6 +269,22 @@ def test_a_checkpoint_is_found_with_its_base(random, base_folder, tmp_path):
     assert set(attached.identity) == {"path", "dtype", "policy", "budget", "dms.json", "dms.safetensors"}
 
 
+def test_a_model_in_memory_is_named_by_its_weights(random, base_folder):
+    attached = Attached.of(random.handle.model, random.tokenizer)
+    requests = ask("dms_aime24", "What?", {"id": "a", "answer": "1"})
+    assert DmsLM(attached=attached).generate_until(requests) == DmsLM(attached=random).generate_until(requests)
+    names = {json.dumps(attached.identity, sort_keys=True)}
+    predictor = next(iter(random.handle.predictors.values()))
+    with torch.no_grad():
+        predictor.weight[-1, -1] += 1
+    names.add(json.dumps(Attached.of(random.handle.model, random.tokenizer).identity, sort_keys=True))
+    with torch.no_grad():
+        predictor.weight[-1, -1] -= 1
+    assert len(names) == 2
+    with pytest.raises(ValueError, match="no policy of its own"):
+        Attached.of(AutoModelForCausalLM.from_pretrained(base_folder), random.tokenizer)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

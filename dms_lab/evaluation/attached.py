@@ -1,18 +1,19 @@
 """A model with what a cache policy needs attached, as an evaluation takes it."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dms_lab import models
 from dms_lab.attachment import Retrofit, retrofit
 from dms_lab.cache.policy import Policy
-from dms_lab.checkpoint import file_hashes, load_checkpoint
+from dms_lab.checkpoint import file_hashes, fingerprint, load_checkpoint
 from dms_lab.config import ModelConfig
 from dms_lab.evaluation.report import base_of
 from dms_lab.policies import HEURISTICS, FullPolicy
@@ -32,6 +33,19 @@ class Attached:
     def num_heads(self) -> int:
         """KV heads of all layers."""
         return sum(num_kv_heads(attention) for attention in self.handle.attentions)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> "Attached":
+        """A retrofitted model as it is in memory, under the policy that it was retrofitted with."""
+        handle = getattr(model, "dms_retrofit", None)
+        if handle is None or handle.config is None:
+            raise ValueError("this model has no policy of its own; call dms_lab.retrofit(model, config) or load_checkpoint")
+        digest = hashlib.sha256()
+        for _, predictor in sorted(handle.predictors.items()):
+            for parameter in predictor.parameters():
+                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        identity = {"weights": fingerprint(model), "predictors": digest.hexdigest(), "policy": asdict(handle.config)}
+        return cls(handle, handle.policy, tokenizer, identity | {"dtype": str(model.dtype)})
 
 
 def attach(

@@ -71,7 +71,8 @@ class Asked:
 
 @register_model("dms")
 class DmsLM(HFLM):
-    """A model under a cache policy. Give `checkpoint`, or `pretrained` (hub id or folder) with `policy` and its `budget`.
+    """A model under a cache policy. Give `checkpoint`, or `pretrained` (hub id or folder) with `policy` and its `budget`,
+    or `attached=Attached.of(model, tokenizer)` for a retrofitted model in memory.
 
     `samples`: a folder (or store) in which every chain is kept, so that a stopped run goes on; `writer` names this job's
     shard in it. `places` chains decode together; `batch_size` is for loglikelihoods alone. `thinking`: whether answers

@@ -146,10 +146,22 @@ class SampleStore:
         return found
 
     def to_frame(self) -> "pd.DataFrame":
-        """Every sample of the folder, a row each, without text, ids and trace."""
+        """Every sample of the folder, a row each, without text, ids and trace, with its newest verdict by any grader.
+
+        `score`, `answer` and `note` are of the whole chain; they are missing where it was not graded.
+        """
         import pandas as pd
 
-        return pd.DataFrame([vars(summary) for summary in self.summaries()], columns=SCALARS)
+        newest: dict[tuple[Key, int], tuple] = {}
+        for (key, cut, _), row in self._newest_verdicts().items():
+            if row[3] >= newest.get((key, cut), ("", "", "", ""))[3]:
+                newest[key, cut] = row
+        rows = []
+        for summary in self.summaries():
+            row = newest.get((summary.key, summary.num_tokens))
+            found = row if row is not None and row[3] >= summary.created else (None,) * 4
+            rows.append(vars(summary) | dict(zip(("score", "answer", "note"), found[:3], strict=True)))
+        return pd.DataFrame(rows, columns=[*SCALARS, "score", "answer", "note"])
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
