@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from dms_lab.config import RIVALS, ModelConfig, build
@@ -12,6 +13,7 @@ SANDBOXES = ("bubblewrap", "none")
 _CHOICES = {
     "prompt_style": ("paper", "card"),
     "thinking": ("auto", "yes", "no"),
+    "storage": ("model", "fp8", "int8"),
     "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
 }
 
@@ -125,6 +127,8 @@ def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
             "num_problems= is for a run's own evaluation; with eval=reasoning use limit=<problems of each task>"
         )
     group = dict(values.pop("eval"))
+    if "batch_size" in group:
+        raise ValueError("eval=default is the evaluation at the end of training; benchmarks are eval=reasoning")
     if (tasks := values.pop("tasks", None)) is not None:
         group["tasks"] = tasks if isinstance(tasks, list) else [tasks]
     reasoning = build(ReasoningConfig, group, "eval.")
@@ -189,7 +193,8 @@ def _check_reasoning(config: ReasoningConfig) -> None:
             raise ValueError(f"eval.{name}={list(members)} names one twice")
         if name in ("width", "max_tokens", "lengths") and any(member < 1 for member in members):
             raise ValueError(f"eval.{name}={list(members)} holds a member below 1")
-    for name in ("samples", "places", "graders", "num_problems"):
+    _check_generation(config)
+    for name in ("samples", "places", "graders", "num_problems", "num_pages", "page_size", "prefill_chunk"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"eval.{name}={getattr(config, name)} must be at least 1")
     if config.num_samples < max(config.width):
@@ -200,5 +205,25 @@ def _check_reasoning(config: ReasoningConfig) -> None:
         if getattr(config, name) is not None and getattr(config, name) <= 0:
             raise ValueError(f"eval.{name}={getattr(config, name):g} must be above 0")
     for entry in config.sources:
-        if not all(entry.partition(":")[::2]):
+        task, _, place = entry.partition(":")
+        if not (task and place):
             raise ValueError(f"eval.sources holds {entry!r}; name a task's local data as <task>:<file or folder>")
+        if task not in config.tasks:
+            raise ValueError(f"eval.sources holds data of {task}, which is none of the tasks {', '.join(config.tasks)}")
+
+
+# name -> (lowest, highest) that may be given; sampling as in `sampling.SamplingConfig`
+_RANGES = {"temperature": (0, None), "top_p": (0, 1), "top_k": (0, None), "min_p": (0, 1), "reserve": (0, 0.99)}
+
+
+def _check_generation(config: ReasoningConfig) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(config, name)
+        if value is not None and (value < low or (high is not None and value > high) or (name == "top_p" and value == 0)):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ValueError(f"eval.{name}={value:g} is out of range; it must be {bounds}")
+    for name in ("start", "end"):
+        try:
+            date.fromisoformat(getattr(config, name))
+        except ValueError as error:
+            raise ValueError(f"eval.{name}={getattr(config, name)!r} is no date; write one as 2024-08-01") from error

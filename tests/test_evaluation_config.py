@@ -85,10 +85,10 @@ def test_tasks_of_the_top_stand_for_those_of_the_group():
 
 def test_dates_and_local_data_come_as_they_were_written():
     config = build(
-        "eval.start=2024-10-01", "eval.sources=dms_aime24:/data/a.jsonl,dms_math500:b", "eval.max_tokens=8192,16384"
+        "eval.start=2024-10-01", "eval.sources=dms_aime24:/data/a.jsonl,dms_gpqa_diamond:b", "eval.max_tokens=8192,16384"
     )
     assert (config.eval.start, config.eval.end) == ("2024-10-01", "2025-01-31")
-    assert config.eval.sources == ("dms_aime24:/data/a.jsonl", "dms_math500:b")
+    assert config.eval.sources == ("dms_aime24:/data/a.jsonl", "dms_gpqa_diamond:b")
     assert config.eval.max_tokens == (8192, 16384)
 
 
@@ -147,6 +147,14 @@ def test_dates_and_local_data_come_as_they_were_written():
         (["eval.max_tokens=-1"], r"eval.max_tokens=\[-1\] holds a member below 1"),
         (["eval.lengths=0"], r"eval.lengths=\[0\] holds a member below 1"),
         (["eval.samples=0"], "eval.samples=0 must be at least 1"),
+        (["eval.prefill_chunk=0"], "eval.prefill_chunk=0 must be at least 1"),
+        (["eval.temperature=-1"], "eval.temperature=-1 is out of range; it must be at least 0"),
+        (["eval.top_p=0"], "eval.top_p=0 is out of range; it must be from 0 to 1"),
+        (["eval.min_p=2"], "eval.min_p=2 is out of range"),
+        (["eval.reserve=1"], "eval.reserve=1 is out of range"),
+        (["eval.storage=int4"], "eval.storage='int4' is not known; choose one of model, fp8, int8"),
+        (["eval.start='August 2024'"], "eval.start='August 2024' is no date; write one as 2024-08-01"),
+        (["eval.sources=dms_math500:b"], "eval.sources holds data of dms_math500, which is none of the tasks"),
         (["eval.places=0"], "eval.places=0 must be at least 1"),
         (["eval.graders=0"], "eval.graders=0 must be at least 1"),
         (["eval.num_problems=0"], "eval.num_problems=0 must be at least 1"),

@@ -87,6 +87,8 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
     console = terminal.console()
     part, parts = config.shard
     path = what.folder / results.RESULTS
+    if path.is_file() and path.stat().st_size:
+        results.load(path)  # a bad line is told before anything is generated
     found: list[results.Result] = []
     with SampleStore(what.folder / SAMPLES, f"shard-{part}-of-{parts}") as store:
         for job in what.jobs:
