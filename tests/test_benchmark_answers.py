@@ -102,9 +102,9 @@ def test_answers_are_read_after_the_thought_and_chains_are_combined(
     assert found[3]["metrics"]["pass_at_k"][0] == 1
     with SampleStore(tmp_path / "samples") as store:
         (run_hash,) = {summary.run for summary in store.summaries()}
-        verdicts = store.verdicts(task, run_hash, f"{lm.BENCHMARKS[task].kind}-1")
+        verdicts = store.graded(task, run_hash)
         frame = store.to_frame()
-    assert {v.note for (key, _), v in verdicts.items() if key.chain == 1} == {"cut off within the thought"}
+    assert {v.note for (key, _, _), v in verdicts.items() if key.chain == 1} == {"cut off within the thought"}
     assert frame.groupby("chain")["score"].mean().tolist() == [1, 0, 0]
 
 

@@ -1,5 +1,7 @@
 """Verdicts are made in the background, once a cut, and those that were made are kept, whatever happens after."""
 
+import hashlib
+import json
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +18,8 @@ from dms_lab.evaluation.store import SampleStore
 from dms_lab.evaluation.verdict import Verdict
 
 VERSION = "fake-1"
+# as `Grading.grader_of` names it: where the answer is looked for, and what it is compared with
+GRADER = f"{VERSION}-{hashlib.sha256(json.dumps([None, 'gold', None, None, None]).encode()).hexdigest()[:12]}"
 
 
 def make_sample(chain=0, num_tokens=5, finish_reason="eos"):
@@ -97,6 +101,12 @@ def put_all(open_grading, samples, max_tokens=5):
     return found
 
 
+def verdicts_of(store):
+    """By (key, cut), of the version at hand, whatever the answers were compared with."""
+    found = store.graded("aime", "r").items()
+    return {(key, cut): verdict for (key, cut, by), verdict in found if by.startswith(f"{VERSION}-")}
+
+
 def made(found):
     return {chain: verdict.answer for chain, verdict in found.items()}
 
@@ -110,7 +120,7 @@ def test_leaving_waits_for_every_verdict_and_keeps_it(grader, store):
     with grading(grader, store, texts, threads=2) as open_grading:
         found = put_all(open_grading, samples)
     assert made(found) == {chain: f"gold: chain {chain} whole" for chain in range(4)}
-    assert store.verdicts("aime", "r", VERSION) == {(s.key, 5): found[s.chain] for s in samples}
+    assert verdicts_of(store) == {(s.key, 5): found[s.chain] for s in samples}
     assert texts.asked == [], "a whole chain has its text"
     assert threading.get_ident() not in grader.threads
 
@@ -125,7 +135,7 @@ def test_callbacks_run_where_the_samples_are_put(grader):
 
 def test_a_verdict_that_the_store_has_is_given_at_once_and_not_made_again(grader, store):
     known = Verdict(0.25, "kept", "from before")
-    store.add_verdict(make_sample().key, 5, VERSION, known)
+    store.add_verdict(make_sample().key, 5, GRADER, known)
     with grading(grader, store) as open_grading:
         assert put_all(open_grading, [make_sample()]) == {0: known}
         assert put_all(open_grading, [make_sample()], max_tokens=100) == {0: known}, "it ended by itself within 5"
@@ -133,30 +143,53 @@ def test_a_verdict_that_the_store_has_is_given_at_once_and_not_made_again(grader
 
 
 def test_regrading_makes_known_verdicts_again_and_the_new_ones_stand(grader, store):
-    store.add_verdict(make_sample().key, 5, VERSION, Verdict(0.25, "kept"))
+    store.add_verdict(make_sample().key, 5, GRADER, Verdict(0.25, "kept"))
     with grading(grader, store, regrade=True) as open_grading:
         put_all(open_grading, [make_sample()])
     assert grader.asked == ["chain 0 whole"]
-    assert store.verdicts("aime", "r", VERSION)[make_sample().key, 5] == Verdict(1.0, "gold: chain 0 whole")
+    assert verdicts_of(store)[make_sample().key, 5] == Verdict(1.0, "gold: chain 0 whole")
+
+
+def test_another_answer_key_or_another_end_of_the_thought_is_graded_anew(grader, store):
+    with grading(grader, store) as open_grading:
+        put_all(open_grading, [make_sample()])
+    for gold, think_end in (("gold", None), ("other", None), ("gold", "whole"), ("other", None)):
+        with grading(grader, store) as open_grading:
+            open_grading.put(make_sample(), 5, {"answer": gold}, think_end, lambda verdict: None)
+    assert len(grader.asked) == 3
+    assert len(store.graded("aime", "r")) == 3
+
+
+def test_answers_wait_for_a_grader_in_bounded_numbers(grader, store, monkeypatch):
+    from dms_lab.evaluation import grading as module
+
+    monkeypatch.setattr(module, "_MOST_OPEN", 4)
+    most = []
+    with grading(grader, store, threads=2) as open_grading:
+        for chain in range(40):
+            open_grading.put(make_sample(chain), 5, {"answer": "gold"}, None, lambda verdict: None)
+            most.append(len(open_grading._open))
+    assert max(most) <= 4
+    assert len(verdicts_of(store)) == 40
 
 
 @pytest.mark.parametrize("changes", [{"version": "2"}, {"kind": "other"}])
 def test_the_verdicts_of_another_grader_or_version_of_it_do_not_count(grader, store, changes):
-    store.add_verdict(make_sample().key, 5, VERSION, Verdict(0.25, "kept"))
+    store.add_verdict(make_sample().key, 5, GRADER, Verdict(0.25, "kept"))
     with grading(grader, store, **changes) as open_grading:
         put_all(open_grading, [make_sample()])
     assert len(grader.asked) == 1
-    assert store.verdicts("aime", "r", VERSION)[make_sample().key, 5].score == 0.25
+    assert verdicts_of(store)[make_sample().key, 5].score == 0.25
 
 
 def test_a_chain_cut_earlier_is_graded_on_what_is_left_of_it_and_kept_under_that_cut(grader, store):
     texts, sample = Texts(), make_sample(chain=1)
-    store.add_verdict(sample.key, 5, VERSION, Verdict(0.25, "of the whole"))
+    store.add_verdict(sample.key, 5, GRADER, Verdict(0.25, "of the whole"))
     with grading(grader, store, texts) as open_grading:
         found = put_all(open_grading, [sample], max_tokens=3)
     assert texts.asked == [(10, 11, 12)]
     assert grader.asked == ["ids 10 11 12"]
-    verdicts = store.verdicts("aime", "r", VERSION)
+    verdicts = verdicts_of(store)
     assert verdicts == {(sample.key, 3): found[1], (sample.key, 5): Verdict(0.25, "of the whole")}
 
 
@@ -198,7 +231,7 @@ def test_a_verdict_is_taken_in_as_the_next_chain_is_put_and_nobody_waits_for_ano
         open_grading._pool.submit(int).result(20)  # the thread is done with it
         put_all(open_grading, [replace(make_sample(2), text="slow")])
         assert (waiting, made(quick)) == ({}, {1: "gold: chain 1 whole"})
-        assert set(store.verdicts("aime", "r", VERSION)) == {(make_sample(1).key, 5)}
+        assert set(verdicts_of(store)) == {(make_sample(1).key, 5)}
         grader.go.set()
     assert made(waiting) == {0: "gold: slow"}
 
@@ -213,7 +246,7 @@ def test_what_a_grader_raises_comes_out_at_leaving_and_verdicts_made_before_are_
     with pytest.raises(RuntimeError, match="no verdict on slow, bad"):
         open_grading.__exit__(None, None, None)
     assert made(found) == {0: "gold: slow"}
-    assert {key.chain for key, _ in store.verdicts("aime", "r", VERSION)} == {0}
+    assert {key.chain for key, _ in verdicts_of(store)} == {0}
 
 
 def test_verdicts_that_are_there_beside_an_error_are_kept_and_the_error_is_raised_once(grader, store):
@@ -221,11 +254,11 @@ def test_verdicts_that_are_there_beside_an_error_are_kept_and_the_error_is_raise
     open_grading._pool.submit(grader.go.wait, 20)  # the one thread is busy until both are put
     found = put_all(open_grading, [replace(make_sample(0), text="bad"), make_sample(1)])
     grader.go.set()
-    open_grading._open[make_sample(1).key, 5][0].result(20)
+    next(future for (key, *_), (future, _) in open_grading._open.items() if key.chain == 1).result(20)
     with pytest.raises(RuntimeError, match="no verdict on bad"):
         open_grading.drain()
     assert made(found) == {1: "gold: chain 1 whole"}
-    assert {key.chain for key, _ in store.verdicts("aime", "r", VERSION)} == {1}
+    assert {key.chain for key, _ in verdicts_of(store)} == {1}
     open_grading.__exit__(None, None, None)
 
 

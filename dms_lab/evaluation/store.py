@@ -129,13 +129,17 @@ class SampleStore:
         return any(summary.serves(max_tokens) for summary, _, _ in self._winners(**key._asdict()))
 
     def verdicts(self, task: str, run: str, grader: str) -> dict[tuple[Key, int], Verdict]:
-        """The newest verdict of `grader` by (key, max_tokens of the cut).
+        """The newest verdict of `grader` by (key, max_tokens of the cut); see `graded`."""
+        return {(key, cut): verdict for (key, cut, by), verdict in self.graded(task, run).items() if by == grader}
+
+    def graded(self, task: str, run: str) -> dict[tuple[Key, int, str], Verdict]:
+        """The newest verdict by (key, max_tokens of the cut, grader).
 
         One that is older than the sample is left out: the chain was drawn again since, and may say something else.
         """
-        found = self._newest_verdicts(task=task, run=run, grader=grader)
+        found = self._newest_verdicts(task=task, run=run)
         drawn = {summary.key: summary.created for summary in self.summaries(task, run)}
-        return {(k, cut): Verdict(*row[:3]) for (k, cut, _), row in found.items() if row[3] >= drawn.get(k, "")}
+        return {name: Verdict(*row[:3]) for name, row in found.items() if row[3] >= drawn.get(name[0], "")}
 
     def prompt_hashes(self, task: str, run: str) -> dict[str, set[str]]:
         """The hashes of the prompts that a problem's samples were drawn for; more than one where a prompt was changed."""
