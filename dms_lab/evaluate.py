@@ -47,6 +47,9 @@ def main(cfg: DictConfig) -> None:
         evaluate_benchmarks(config)
     except (ValueError, SandboxError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped; the chains that ended are kept, and the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 def evaluate_again(cfg: DictConfig) -> None:
@@ -55,9 +58,15 @@ def evaluate_again(cfg: DictConfig) -> None:
 
     if cfg.checkpoint is None:
         raise ValueError("give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning for benchmarks")
-    for key in ("tasks", "policy", "budget", "limit", "shard", "out"):
-        if cfg[key] is not None:
+    unused = {"sandbox": "bubblewrap", "i_trust_the_code": False, "regrade": False}
+    unused |= dict.fromkeys(("tasks", "policy", "budget", "limit", "shard", "out", "store", "model"))
+    for key, default in unused.items():
+        if cfg[key] != default:
             raise ValueError(f"{key}={cfg[key]} is for benchmarks; add eval=reasoning")
+    if cfg.threads is not None:
+        import torch
+
+        torch.set_num_threads(cfg.threads)
     place = Path(cfg.checkpoint)
     folder = run_of(place)
     config = load_config(folder)

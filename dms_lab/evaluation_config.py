@@ -77,6 +77,7 @@ class EvaluateConfig:
     limit: int | None
     shard: tuple[int, int]
     out: str | None
+    store: str | None
     sandbox: str
     i_trust_the_code: bool
     regrade: bool
@@ -91,6 +92,7 @@ _TOP = (
     "limit",
     "shard",
     "out",
+    "store",
     "sandbox",
     "i_trust_the_code",
     "regrade",

@@ -6,9 +6,9 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +24,9 @@ class Result:
 
     Of a benchmark: `width` chains answer a problem together within `max_tokens` each, and costs are theirs together
     (`kv_bytes_peak` as if all had their peaks at once); `accuracy` is the one of `metrics` (name -> value, low, high) that
-    `headline` names; `num_samples` chains a problem were drawn for each of `sampling_seeds`.
+    `headline` names; `num_samples` chains a problem were drawn for each of `sampling_seeds`. `settings`: what else decided
+    them, as the prompts, the sampling, the data. `seconds`: the chains' own, added up. `target_cr` of a rule with a budget:
+    (prompt + limit) / budget, 0 where neither is known.
     """
 
     run_id: str
@@ -53,18 +55,25 @@ class Result:
     truncation_rate: float | None = None
     num_samples: int | None = None
     sampling_seeds: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
     git_revision: str = field(default_factory=lambda: git_revision())
     schema_version: int = SCHEMA_VERSION
 
 
 _NEW = {"width": 1, "max_tokens": None, "headline": "exact_match", "metrics": {}, "truncation_rate": None}
-_NEW |= {"num_samples": None, "sampling_seeds": []}
+_NEW |= {"num_samples": None, "sampling_seeds": [], "settings": {}}
 
 
 def versions() -> dict[str, str]:
     """Versions of what computed a result."""
-    return {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "lm_eval", "math_verify"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # the last two are extras
+            continue
+    return found
 
 
 def git_revision() -> str:

@@ -11,8 +11,9 @@ from test_benchmark_runs import checkpoint, configure, rows_of  # noqa: F401  a 
 from dms_lab.accounting import Trace
 from dms_lab.chains import Generated
 from dms_lab.evaluation import lm
+from dms_lab.evaluation.loading import load_task
 from dms_lab.evaluation.problems import SETS
-from dms_lab.evaluation.reasoning import evaluate_benchmarks, load_task
+from dms_lab.evaluation.reasoning import evaluate_benchmarks
 from dms_lab.evaluation.sandbox import check_sandbox
 from dms_lab.evaluation.store import SampleStore
 
@@ -62,7 +63,7 @@ def run(checkpoint, out, task, source, **changes):  # noqa: F811
 
 def documents(checkpoint, task, source):  # noqa: F811
     config = configure(checkpoint, None, tasks=(task,), sources=(f"{task}:{DATA / source}",))
-    return {doc["id"]: doc for doc in load_task(task, config, str(checkpoint))["tasks"][task].eval_docs}
+    return {doc["id"]: doc for doc in load_task(task, config, str(checkpoint)).leaves[task].eval_docs}
 
 
 MATHEMATICS = [

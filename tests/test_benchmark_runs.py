@@ -79,10 +79,10 @@ def configure(checkpoint, out, **changes):
         "seconds_per_test": 6.0,
         "seconds_per_problem": None,
     }
-    top = {"limit": None, "shard": (1, 1), "regrade": False}
+    top = {"limit": None, "shard": (1, 1), "regrade": False, "store": None}
     top |= {name: changes.pop(name) for name in tuple(top) if name in changes}
     settings = ReasoningConfig(**(values | changes))
-    rest = (None, None, top["limit"], top["shard"], str(out), "bubblewrap", False, top["regrade"], 1)
+    rest = (None, None, top["limit"], top["shard"], str(out), top["store"], "bubblewrap", False, top["regrade"], 1)
     return EvaluateConfig(settings, TINY, str(checkpoint), *rest)
 
 

@@ -76,14 +76,19 @@ def attach(
     model = models.load_base(config, device)
     if checkpoint is not None:
         handle = load_checkpoint(Path(checkpoint), model)
-        return Attached(handle, handle.policy, tokenizer, identity_of(config, Path(checkpoint)))
+        return Attached(handle, handle.policy, tokenizer, identity_of(handle, Path(checkpoint)))
     make_policy = FullPolicy if policy == "full" else partial(HEURISTICS[policy], budget)
-    return Attached(retrofit(model, None), make_policy, tokenizer, identity_of(config, None, policy, budget))
+    handle = retrofit(model, None)
+    return Attached(handle, make_policy, tokenizer, identity_of(handle, None, policy, budget))
 
 
 def identity_of(
-    config: ModelConfig, checkpoint: Path | None, policy: str | None = None, budget: int | None = None
+    handle: Retrofit, checkpoint: Path | None, policy: str | None = None, budget: int | None = None
 ) -> dict[str, Any]:
-    """What of a model under a policy decides the tokens: its name, dtype, the checkpoint's bytes, the rule."""
+    """What of a model under a policy decides the tokens: its weights, their dtype, the checkpoint's bytes, the rule.
+
+    Not its name: the same weights by another path are the same model, and other weights at the same path are another.
+    """
     files = {} if checkpoint is None else file_hashes(checkpoint)
-    return {"path": config.path, "dtype": config.dtype, "policy": policy, "budget": budget} | files
+    weights = {"weights": fingerprint(handle.model), "dtype": str(handle.model.dtype)}
+    return weights | {"policy": policy, "budget": budget} | files

@@ -41,6 +41,10 @@ THINKING = ("auto", "yes", "no")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
+class UnansweredError(ValueError):
+    """Some chains could not be generated; the others were, and are in the store if there is one."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One chain that lm-eval asks for."""
@@ -110,6 +114,8 @@ class DmsLM(HFLM):
         if thinking not in THINKING:
             raise ValueError(f"thinking={thinking!r} is not known; choose one of {', '.join(THINKING)}")
         known = {"enable_thinking", "chat_template_args", "add_bos_token"}
+        if not str(batch_size).isdigit():
+            raise ValueError(f"batch_size={batch_size} cannot be chosen here; give a number (of sequences scored together)")
         if unknown := sorted(set(template) - known):
             raise ValueError(f"model_args hold {', '.join(unknown)}, which the model dms does not know")
         self.attached = attached or attach(pretrained, checkpoint, policy, budget, dtype, device)
@@ -124,7 +130,7 @@ class DmsLM(HFLM):
             pretrained=self.attached.handle.model,
             tokenizer=self.attached.tokenizer,
             backend="causal",
-            batch_size=batch_size if str(batch_size).isdigit() else 1,
+            batch_size=int(batch_size),
             max_length=max_length,
             think_end_token=think_end,
             **template,
@@ -140,7 +146,7 @@ class DmsLM(HFLM):
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits [B, T, V] of right-padded ids [B, T], evictions active; padding comes last and changes nothing."""
         policy = self.attached.make_policy()
-        if isinstance(policy, FullPolicy):
+        if isinstance(policy, FullPolicy) and self.settings.storage == "model":
             with torch.no_grad():
                 return self.model(inps, use_cache=False).logits
         cache = CompactCache(policy, self.settings.storage, self.settings.page_size, chunk=self.settings.prefill_chunk)
@@ -149,7 +155,7 @@ class DmsLM(HFLM):
 
     # -- generation --------------------------------------------------------------------------------------------------
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The reply to every request, in their order; raises `ValueError` at the end if some could not be answered."""
+        """The reply to every request, in their order; raises `UnansweredError` at the end if some could not be answered."""
         jobs = list(self._jobs(requests))
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -163,8 +169,9 @@ class DmsLM(HFLM):
             failures += failed
         if failures:
             shown = "; ".join(failures[:3]) + (f"; and {len(failures) - 3} more" if len(failures) > 3 else "")
-            kept = "" if self.store is None else f"; the other chains are kept in {self.store.folder}"
-            raise ValueError(f"{len(failures)} of {len(requests)} chains could not be generated: {shown}{kept}")
+            is_kept = self.store is not None and len(failures) < len(requests)
+            kept = f"; the other chains are kept in {self.store.folder}" if is_kept else ""
+            raise UnansweredError(f"{len(failures)} of {len(requests)} chains could not be generated: {shown}{kept}")
         return [replies[i] for i in range(len(requests))]
 
     def _jobs(self, requests: Sequence[Instance]) -> Iterator[Job]:

@@ -7,23 +7,23 @@ and lengths that the chains allow costs no generation.
 """
 
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks import TaskManager
 
 from dms_lab import models, plots, results, terminal
 from dms_lab.checkpoint import METADATA
 from dms_lab.config import ModelConfig, config_hash
 from dms_lab.evaluation import points
 from dms_lab.evaluation.attached import Attached, identity_of
-from dms_lab.evaluation.benchmarks import BENCHMARKS, TASKS, TOLERANCE, Graders, check_graders
+from dms_lab.evaluation.benchmarks import BENCHMARKS, TOLERANCE, Graders, check_graders
 from dms_lab.evaluation.hard import Label
-from dms_lab.evaluation.lm import DmsLM
+from dms_lab.evaluation.lm import DmsLM, UnansweredError
+from dms_lab.evaluation.loading import LoadedTask, load_task
 from dms_lab.evaluation.report import base_of, load_config, method_name, run_of
 from dms_lab.evaluation.sandbox import SandboxLimits
 from dms_lab.evaluation.store import SampleStore
@@ -32,11 +32,12 @@ from dms_lab.evaluation_config import EvaluateConfig
 
 SAMPLES = "samples"
 _FULL_LENGTH = 32768  # tokens; scores of shorter chains are not compared with published ones
+_MANY_TRUNCATED = 0.2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration comes to: a model, what is attached to it in turn, where samples and results go."""
+    """What a configuration comes to: a model, what is attached to it in turn, where results and samples go."""
 
     config: EvaluateConfig
     model: ModelConfig
@@ -45,26 +46,43 @@ class Plan:
     seed: int
     config_hash: str
 
+    @property
+    def model_name(self) -> str:
+        """What the model is called in results: its configuration's name, or where it comes from."""
+        return slug(self.model.path) if self.model.name == "hf" else self.model.name
+
+    @property
+    def samples(self) -> Path:
+        """The folder in which chains are kept; one that several runs share draws the unchanged model once."""
+        return Path(self.config.store) if self.config.store else self.folder / SAMPLES
+
+    @property
+    def writer(self) -> str:
+        """The name of this job's file in there."""
+        part = "shard-{}-of-{}".format(*self.config.shard)
+        return f"{slug(str(self.folder.absolute()))[-80:]}-{part}" if self.config.store else part
+
+
+def slug(path: str) -> str:
+    """A hub id or path as a name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", path).strip("_")
+
 
 def plan(config: EvaluateConfig) -> Plan:
     """The jobs of a configuration; `ValueError` if there is no such checkpoint, or nothing to evaluate."""
-    settings = config.eval
-    longest = max(settings.max_tokens) if settings.max_tokens else None
+    full = [Job("full", 1.0)] if config.eval.full else []
     if config.checkpoint is None:
-        name = f"{config.model.name}-{config.policy}" + (f"-{config.budget}" if config.budget else "")
-        folder = Path(config.out or f"runs/{name}")
-        rival = (
-            Job(config.policy, (longest or _FULL_LENGTH) / config.budget, budget=config.budget) if config.budget else None
-        )
-        jobs = [Job("full", 1.0)] if settings.full or rival is None else []
-        return Plan(config, config.model, jobs + ([rival] if rival else []), folder, 0, "")
+        # The compression of a rule with a budget depends on the lengths of prompts and chains: known when they are.
+        jobs = [*full, Job(config.policy, 0.0, budget=config.budget)] if config.budget else [Job("full", 1.0)]
+        made = Plan(config, config.model, jobs, Path(), 0, "")
+        name = f"{made.model_name}-{config.policy}" + (f"-{config.budget}" if config.budget else "")
+        return Plan(config, config.model, jobs, Path(config.out or f"runs/{name}"), 0, "")
     place = Path(config.checkpoint)
     run = run_of(place)
     is_run = (run / "config.json").is_file()
     trained = load_config(run) if is_run else None
     checkpoints = checkpoints_of(place, method_name(trained) if is_run else "dms")
-    jobs = [Job("full", 1.0)] if settings.full else []
-    jobs += [Job(method, cr, checkpoint=folder) for (method, cr), folder in sorted(checkpoints.items())]
+    jobs = full + [Job(method, cr, checkpoint=folder) for (method, cr), folder in sorted(checkpoints.items())]
     a_checkpoint = place if (place / METADATA).is_file() else next(iter(checkpoints.values()))
     model = config.model or base_of(a_checkpoint)
     hashed = (trained.seed, config_hash(trained)) if is_run else (0, "")
@@ -75,32 +93,35 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
     """Generates what is missing, grades it, appends every point to `results.jsonl`, prints the table, draws figures.
 
     A shard generates and grades its part, and leaves the results to the run without `shard`. Raises `ValueError` for
-    what cannot be loaded, run or answered; what was generated by then is kept.
+    what cannot be loaded or run; and, after all else is done, for chains that could not be generated.
     """
     what = plan(config)
     settings = config.eval
     graders = Graders(config.sandbox, SandboxLimits(settings.seconds_per_test, settings.seconds_per_problem))
     check_graders(settings.tasks, graders)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # of what it warns, the loaders here raise
-    tokenizer_path = models.resolve_path(what.model.path)
-    tasks = {name: load_task(name, config, tokenizer_path) for name in settings.tasks}
-    console = terminal.console()
-    part, parts = config.shard
     path = what.folder / results.RESULTS
     if path.is_file() and path.stat().st_size:
         results.load(path)  # a bad line is told before anything is generated
+    source = models.resolve_path(what.model.path)
+    tasks = [load_task(name, config, source) for name in settings.tasks]
+    console = terminal.console()
+    for notice in (notice for task in tasks for notice in task.notices):
+        console.print(f"note: {notice}", highlight=False)
     found: list[results.Result] = []
-    with SampleStore(what.folder / SAMPLES, f"shard-{part}-of-{parts}") as store:
+    failures: list[str] = []
+    with SampleStore(what.samples, what.writer) as store:
         for job in what.jobs:
-            for rows in _evaluate_job(what, job, tasks, store, graders):
+            for rows in _evaluate_job(what, job, tasks, store, graders, failures):
                 results.append_new(path, rows)
                 found += rows
+    part, parts = config.shard
     if parts > 1:
-        console.print(
-            f"part {part} of {parts} is in {what.folder / SAMPLES}; when all are, run without shard= for the results"
-        )
-        return
-    _show(found, what)
+        console.print(f"part {part} of {parts} is in {what.samples}; when all are, run without shard= for the results")
+    elif found:
+        _show(found, what)
+    if failures:
+        raise ValueError("; ".join(failures))
 
 
 def _show(found: list[results.Result], what: Plan) -> None:
@@ -110,140 +131,122 @@ def _show(found: list[results.Result], what: Plan) -> None:
     frame = pd.DataFrame([vars(result) for result in found])
     for task, rows in frame.groupby("task", sort=False):
         console.print(plots.benchmark_table(rows, str(task)))
-    for warning in suspicions(found, what.config):
+    for warning in suspicions(found, what):
         console.print(f"[bold red]warning:[/] {warning}", highlight=False)
     for figure in plots.benchmark_figures(frame, what.folder):
         console.print(f"figure: {figure}")
-    console.print(f"results: {what.folder / results.RESULTS}, every chain: {what.folder / SAMPLES}")
+    console.print(f"results: {what.folder / results.RESULTS}, every chain: {what.samples}")
 
 
-# -- tasks -------------------------------------------------------------------------------------------------------------
-def load_task(name: str, config: EvaluateConfig, tokenizer: str) -> dict[str, Any]:
-    """A task (or group of lm-eval's own) with its data, as `lm_eval.evaluate` takes it."""
-    settings = config.eval
-    if name in BENCHMARKS:
-        sources = dict(entry.partition(":")[::2] for entry in settings.sources)
-        known = ("prompt_style", "choices_seed", "release", "start", "end", "errata", "num_problems")
-        options = {key: getattr(settings, key) for key in known} | {"source": sources.get(name), "tokenizer": tokenizer}
-        options |= {"lengths": list(settings.lengths) if settings.lengths else None}
-        options = {key: value for key, value in options.items() if value is not None}
-        loaded = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=options).load([name])
-    elif name.endswith(".yaml"):
-        if not Path(name).is_file():
-            raise ValueError(f"there is no task file {name}")
-        loaded = TaskManager(include_defaults=False, metadata={"tokenizer": tokenizer}).load([name])
-    else:
-        manager = TaskManager(metadata={"tokenizer": tokenizer})
-        if not manager.match_tasks([name]):
-            raise ValueError(f"there is no task {name!r}; tasks=list prints this project's, `lm-eval ls tasks` the others")
-        loaded = manager.load([name])
-    for task in loaded["tasks"].values():
-        _configure(task, config)
-    return loaded
-
-
-def _configure(task: ConfigurableTask, config: EvaluateConfig) -> None:
-    settings = config.eval
-    task.set_fewshot_seed(seed=1234)  # lm-eval's default
-    if task.get_config("num_fewshot") is None:
-        task.set_config("num_fewshot", 0)
-    if task.get_config("task") not in BENCHMARKS:
-        return
-    asked = {key: getattr(settings, key) for key in ("temperature", "top_p", "top_k", "min_p")}
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if "temperature" in asked:
-        asked["do_sample"] = asked["temperature"] > 0
-    if settings.max_tokens:
-        asked["max_gen_toks"] = max(settings.max_tokens)
-    task.set_config("generation_kwargs", asked, update=True)
-    task.set_config("repeats", settings.num_samples)
-
-
+# -- running -----------------------------------------------------------------------------------------------------------
 def chosen(num_problems: int, limit: int | None, shard: tuple[int, int]) -> list[int]:
     """The positions of the problems that a job answers: every `shard[1]`-th of the first `limit`."""
     return list(range(num_problems))[:limit][shard[0] - 1 :: shard[1]]
 
 
-# -- running -----------------------------------------------------------------------------------------------------------
 def _evaluate_job(
-    what: Plan, job: Job, tasks: dict[str, dict], store: SampleStore, graders: Graders
+    what: Plan, job: Job, tasks: Sequence[LoadedTask], store: SampleStore, graders: Graders, failures: list[str]
 ) -> Iterator[list[results.Result]]:
-    """The results of each task for one checkpoint or rule; none of a shard."""
-    settings, tokenizer = what.config.eval, models.load_tokenizer(what.model)
+    """The results of each task for one checkpoint or rule; none of a shard. Failures leave a sentence in `failures`."""
+    tokenizer = models.load_tokenizer(what.model)
     with loaded(what.model, job) as handle:
         make_policy, window = policy_of(handle, job)
-        identity = identity_of(what.model, job.checkpoint, None if job.checkpoint else job.method, job.budget)
+        identity = identity_of(handle, job.checkpoint, None if job.checkpoint else job.method, job.budget)
         attached = Attached(handle, make_policy, tokenizer, identity)
-        label = Label(what.folder.name, what.model.name, job.method, job.target_cr, window, what.seed, what.config_hash)
-        for name, task_dict in tasks.items():
-            seeds = settings.seeds if name in BENCHMARKS else settings.seeds[:1]
-            asked, scored = [], {}
-            for seed in seeds:
-                lm = _language_model(attached, seed, store, graders, what.config)
-                scored = _run(lm, task_dict, what.config, name in BENCHMARKS)
-                asked.append(lm)
-            if what.config.shard != (1, 1):
-                continue
-            if name in BENCHMARKS:
-                yield points.results_of(name, asked, settings, label, what.config.regrade)
-            else:
-                called = next(iter(task_dict["tasks"])) if name.endswith(".yaml") else name
-                yield points.foreign_results(called, scored, asked[0], label)
+        label = Label(what.folder.name, what.model_name, job.method, job.target_cr, window, what.seed, what.config_hash)
+        for task in tasks:
+            try:
+                yield _evaluate_task(what, task, attached, store, graders, label, job.budget)
+            except UnansweredError as error:
+                at = f"with budget={job.budget}" if job.budget else f"at CR {job.target_cr:g}"
+                failures.append(f"{job.method} {at}: {error}")
 
 
-def _language_model(attached: Attached, seed: int, store: SampleStore, graders: Graders, config: EvaluateConfig) -> DmsLM:
-    settings = config.eval
-    same = ("places", "storage", "num_pages", "page_size", "prefill_chunk", "reserve", "deterministic", "thinking")
+def _evaluate_task(
+    what: Plan,
+    task: LoadedTask,
+    attached: Attached,
+    store: SampleStore,
+    graders: Graders,
+    label: Label,
+    budget: int | None,
+) -> list[results.Result]:
+    settings, config = task.settings, what.config
+    lms, scored = [], {}
+    for seed in settings.seeds if task.benchmark else settings.seeds[:1]:
+        lms.append(_language_model(attached, seed, store, graders, task))
+        scored = _run(lms[-1], task, config)
+    record = task.record() | {"limit": config.limit, "budget": budget}
+    if task.benchmark is None:
+        return [] if config.shard[1] > 1 else points.foreign_results(task, scored, lms[0], label, record)
+    if config.shard[1] > 1:
+        for lm in lms:
+            points.grade(lm, settings, config.regrade)
+        return []
+    return points.results_of(task.name, lms, settings, label, record, budget, config.regrade)
+
+
+def _language_model(attached: Attached, seed: int, store: SampleStore, graders: Graders, task: LoadedTask) -> DmsLM:
+    settings = task.settings
+    same = ("places", "storage", "num_pages", "page_size", "prefill_chunk", "reserve", "deterministic")
     return DmsLM(
         attached=attached,
         seed=seed,
         samples=store,
         graders=graders,
         grader_threads=settings.graders,
+        thinking=task.thinking,
         batch_size=settings.places,
         **{name: getattr(settings, name) for name in same},
     )
 
 
-def _run(lm: DmsLM, task_dict: dict[str, Any], config: EvaluateConfig, is_ours: bool) -> dict[str, Any]:
-    """lm-eval's own results of one task or group; {} where the shard has no problem of it."""
-    samples = {}
-    for name, task in task_dict["tasks"].items():
-        number = len(task.eval_docs)
-        positions = chosen(number, config.limit, config.shard)
-        if not positions:
-            return {}
-        if len(positions) < number:
-            samples[name] = positions
-    if samples and len(samples) < len(task_dict["tasks"]):
-        samples |= {n: list(range(len(t.eval_docs))) for n, t in task_dict["tasks"].items() if n not in samples}
+def _run(lm: DmsLM, task: LoadedTask, config: EvaluateConfig) -> dict[str, Any]:
+    """lm-eval's own results of the problems of this part; {} where it has none."""
+    positions = {name: chosen(len(leaf.eval_docs), config.limit, config.shard) for name, leaf in task.leaves.items()}
+    leaves = {name: leaf for name, leaf in task.leaves.items() if positions[name]}
+    if not leaves:
+        return {}
+    is_whole = all(len(positions[name]) == len(leaf.eval_docs) for name, leaf in task.leaves.items())
     return lm_eval.evaluate(
         lm=lm,
-        task_dict=task_dict,
-        samples=samples or None,
-        apply_chat_template=is_ours and config.eval.chat,
+        task_dict=task.found if len(leaves) == len(task.leaves) else {"tasks": leaves},
+        samples=None if is_whole else {name: positions[name] for name in leaves},
+        apply_chat_template=task.benchmark is not None and config.eval.chat,
         log_samples=False,
         bootstrap_iters=0,  # intervals are made here
-        confirm_run_unsafe_code=True,
+        confirm_run_unsafe_code=config.sandbox == "none" and config.i_trust_the_code,
     )
 
 
 # -- what to make of it ------------------------------------------------------------------------------------------------
-def suspicions(found: list[results.Result], config: EvaluateConfig) -> Iterator[str]:
-    """A sentence for each full-attention score that is not what others measured: the pipeline is then the suspect."""
+def suspicions(found: Sequence[results.Result], what: Plan) -> Iterator[str]:
+    """A sentence for each full-attention score that is not what others measured, and for each task cut off too often.
+
+    Both at the longest limit; scores of a part of a task, or of shorter chains than the published ones, are not compared.
+    """
+    longest: dict[tuple[str, str, float], results.Result] = {}
     for row in found:
-        if row.task not in BENCHMARKS:
-            continue
-        expected = BENCHMARKS[row.task].expected.get(row.model)
-        comparable = row.method == "full" and row.width == 1 and config.limit is None and "avg" in row.metrics
-        if expected is None or not comparable or (row.max_tokens or 0) < _FULL_LENGTH:
-            continue
-        value, low, high = (100 * x for x in row.metrics["avg"])
-        if high < expected - TOLERANCE or low > expected + TOLERANCE:
+        name = (row.task, row.method, row.target_cr)
+        if row.task in BENCHMARKS and (row.max_tokens or 0) > (longest[name].max_tokens if name in longest else 0):
+            longest[name] = row
+    for row in longest.values():
+        yield from _score_suspicion(row, what)
+        if row.truncation_rate and row.truncation_rate > _MANY_TRUNCATED:
             yield (
-                f"{row.model} with full attention scores {value:.1f} % [{low:.0f}-{high:.0f}] on {row.task}, published is "
-                f"{expected:g}: outside {TOLERANCE:g} points, so suspect the pipeline (template, sampling, grading, "
-                "truncation) before the method"
+                f"{100 * row.truncation_rate:.0f} % of the chains of {row.method} on {row.task} ran out of "
+                f"{row.max_tokens} tokens"
             )
-        if row.truncation_rate and row.truncation_rate > 0.2:
-            yield f"{100 * row.truncation_rate:.0f} % of the chains of {row.task} ran out of {row.max_tokens} tokens"
+
+
+def _score_suspicion(row: results.Result, what: Plan) -> Iterator[str]:
+    expected = BENCHMARKS[row.task].full_score(what.model.name, what.model.path)
+    if expected is None or row.method != "full" or what.config.limit is not None or row.max_tokens < _FULL_LENGTH:
+        return
+    value, low, high = (100 * x for x in row.metrics["avg"])
+    if high < expected - TOLERANCE or low > expected + TOLERANCE:
+        yield (
+            f"{row.model} with full attention scores {value:.1f} % [{low:.0f}-{high:.0f}] on {row.task}, published is "
+            f"{expected:g}: outside {TOLERANCE:g} points, so suspect the pipeline (template, sampling, grading, "
+            "truncation) before the method"
+        )

@@ -2,8 +2,11 @@
 
 source + inputs -> [sandbox: supervisor (`sandbox_inside`) -> a child a test] -> outcomes; comparing is the caller's
 
-Inside there is no network, no file of the user, no process of the host and nothing to write but a small /tmp. Not bounded,
-for want of a cgroup: kernel memory, and the share of the processor. Linux only.
+Inside there is no network, no file of the user, no process of the host and nothing to write but a small /tmp. What hands
+out memory that is counted for no process (SysV IPC, memfd_create, sockets and the like) is refused with EPERM, by a filter
+of system calls on x86_64 and aarch64; elsewhere there is none, and such memory is not bounded. Not bounded anywhere, for
+want of a cgroup: the buffers of pipes, socketpairs and terminals (64 open files a process, some 200 KB each), and the share
+of the processor. Linux only.
 """
 
 import contextlib
@@ -35,7 +38,7 @@ _OPTIONS = ("--disable-userns", "--size", "--as-pid-1")  # of bubblewrap 0.8
 class SandboxLimits:
     """What a solution may use. Breaking a limit costs it the test, or the rest of its tests.
 
-    `memory_bytes` is address space for each process, and resident memory for all of them together in bubblewrap.
+    `memory_bytes` is address space for each process; in bubblewrap also resident memory of all of them, with the files.
     `processes` counts threads too, and the supervisor; root's are not counted, hence bubblewrap is started as nobody
     there. `file_bytes` bounds a file and all of /tmp, `output_bytes` what a test prints or returns. `seconds_per_problem`
     None stands for the official checker's `(seconds_per_test + 1) * tests + 5`.

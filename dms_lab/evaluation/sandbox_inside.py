@@ -1,7 +1,7 @@
 """The supervisor that runs inside the sandbox: standard library only, started as `python -I -S -c <this file>`.
 
 stdin: {"source", "fn_name", limits...} as one line, then one line {"input", "seconds"} a test
-each test: a forked child with resource limits, in its own process group -> one line of JSON on stdout
+each test: a forked child with limits and a filter of system calls, in its own process group -> one line of JSON on stdout
 
 Expected outputs never come here. A child has none of the supervisor's pipes, and may not read its memory. What a solution
 can reach by force is this process at most, and all that could gain is to report other outputs of its own.
@@ -10,6 +10,7 @@ can reach by force is this process at most, and all that could gain is to report
 import atexit
 import contextlib
 import ctypes
+import errno
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ import os
 import resource
 import select
 import signal
+import struct
 import sys
 import threading
 import time
@@ -30,10 +32,37 @@ _STARRED = (
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _OUT_OF_MEMORY = 120  # exit status of a child that had no memory left to say so
 _RESULT = 3  # where a child writes what it has to say beside its stdout
+_BYTES_PER_INODE = 2048  # of kernel memory for an empty file, or a name of one
+
+_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
+_MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
+# System calls that hand out memory which no limit of a process counts, with their numbers on these machines.
+_REFUSED = {
+    "shmget": (29, 194),
+    "semget": (64, 190),
+    "msgget": (68, 186),
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "socket": (41, 198),  # buffers of TCP; socketpair is left, for asyncio
+    "vmsplice": (278, 75),  # a pipe keeps a huge page for each small one
+    "io_uring_setup": (425, 425),
+    "userfaultfd": (323, 282),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+}
 
 
 def main() -> None:
     """Answers requests until there are no more, and ends this process."""
+    code = _filter() if os.getpid() == 1 else b""  # in a sandbox
+    if code and _set_filter(None) != errno.EFAULT:  # a kernel that has filters says that there is none at no address
+        raise SystemExit("the kernel lets nobody filter system calls (CONFIG_SECCOMP_FILTER): memory would not be bounded")
     requests, reports = os.fdopen(os.dup(0), "rb"), os.dup(1)
     for fd in (0, 1, 2):
         os.dup2(os.open(os.devnull, os.O_RDWR), fd)
@@ -41,6 +70,7 @@ def main() -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
     job = json.loads(requests.readline())
+    job["filter"] = code
     sys.path += job["paths"]
     for name in (*_STARRED, "numpy") if "numpy" in job["source"] else _STARRED:
         with contextlib.suppress(ImportError):
@@ -64,6 +94,40 @@ def _write(fd: int, data: bytes) -> None:
 
 def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _filter() -> bytes:
+    """The classic BPF program by which `_REFUSED` and all calls by another machine's numbers fail with EPERM.
+
+    Empty on a machine whose numbers are not known here.
+    """
+    machine = os.uname().machine
+    if machine not in _MACHINES or sys.maxsize < 1 << 32:
+        return b""
+    column = list(_MACHINES).index(machine)
+    numbers = [row[column] for row in _REFUSED.values() if row[column] is not None]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    code = [
+        (load, 0, 0, 4),  # seccomp_data.arch
+        (equal, 0, len(numbers) + 3, _MACHINES[machine]),  # to EPERM unless equal
+        (load, 0, 0, 0),  # seccomp_data.nr
+        (at_least, len(numbers) + 1, 0, 0x40000000),  # numbers of x32, of the same arch as x86_64
+        *((equal, len(numbers) - place, 0, number) for place, number in enumerate(numbers)),
+        (give, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+        (give, 0, 0, 0x00050000 | errno.EPERM),  # SECCOMP_RET_ERRNO
+    ]
+    return b"".join(struct.pack("HBBI", *line) for line in code)
+
+
+def _set_filter(code: bytes | None) -> int:
+    """Puts this process and its future children under a filter for good; the errno, 0 if it holds."""
+    libc, buffer, address = ctypes.CDLL(None, use_errno=True), None, None
+    if code is not None:
+        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        buffer = ctypes.create_string_buffer(code, len(code))
+        address = struct.pack("HP", len(code) // 8, ctypes.addressof(buffer))  # sock_fprog
+    call = libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), address, ctypes.c_ulong(0), ctypes.c_ulong(0))
+    return ctypes.get_errno() if call else 0
 
 
 def _run(job: dict, text: str, seconds: float) -> dict:
@@ -106,16 +170,19 @@ def _watch(job: dict, pid: int, fds: tuple[int, int], deadline: float) -> tuple[
             outcome = "output"
         elif time.monotonic() > deadline:
             outcome = "timeout"
-        elif _resident_bytes() > job["memory_bytes"]:
+        elif _held_bytes() > job["memory_bytes"]:
             outcome = "memory"
     return outcome, 0 if status is None else status, [bytes(found[fd]) for fd in fds]
 
 
-def _resident_bytes() -> int:
-    """Resident memory of all processes of the sandbox but this one; 0 outside of a PID namespace of its own."""
+def _held_bytes() -> int:
+    """Resident memory of all processes of the sandbox but this one, and what files and names in /tmp take of the kernel's.
+
+    0 outside of a sandbox.
+    """
     if os.getpid() != 1:
         return 0
-    pages = 0
+    files, pages = os.statvfs("/tmp"), 0
     for name in os.listdir("/proc"):
         if name.isdigit() and name != "1":
             try:
@@ -123,7 +190,8 @@ def _resident_bytes() -> int:
                     pages += int(file.read().split()[1])
             except (OSError, IndexError):
                 pass  # it has just ended
-    return pages * resource.getpagesize()
+    in_files = (files.f_files - files.f_ffree) * _BYTES_PER_INODE + (files.f_blocks - files.f_bfree) * files.f_frsize
+    return pages * resource.getpagesize() + in_files
 
 
 def _end_all(pid: int) -> None:
@@ -187,6 +255,8 @@ def _child(job: dict, text: str, stdin: int, stdout: int, result: int) -> None:
             os.dup2(fd, place)
         os.closerange(_RESULT + 1, max(high) + 64)
         _limit(job)
+        if job["filter"] and (number := _set_filter(job["filter"])):
+            raise OSError(number, "no filter of system calls could be set")
         sys.set_int_max_str_digits(50000)
         _write(_RESULT, json.dumps(_call(job, text) if job["fn_name"] else _program(job)).encode())
         code = 0
