@@ -266,7 +266,7 @@ def test_a_checkpoint_is_found_with_its_base(random, base_folder, tmp_path):
     attached = attach(None, str(tmp_path / "c"), None, None, dtype="float32", device="cuda:0")
     assert attached.handle.config == handle.config
     assert attached.num_heads == 4
-    assert set(attached.identity) == {"path", "dtype", "policy", "budget", "dms.json", "dms.safetensors"}
+    assert set(attached.identity) == {"weights", "dtype", "policy", "budget", "dms.json", "dms.safetensors"}
 
 
 def test_a_model_in_memory_is_named_by_its_weights(random, base_folder):

@@ -119,6 +119,7 @@ SINCE_2 = {
     "truncation_rate": None,
     "num_samples": None,
     "sampling_seeds": [],
+    "settings": {},
 }
 
 
