@@ -112,7 +112,9 @@ def append_new(path: Path, results: list[Result]) -> None:
     For a run that was stopped after it had written, and is started again.
     """
     known = [_what(row) for row in load(path).to_dict("records")] if path.is_file() and path.stat().st_size else []
-    append(path, [result for result in results if _what(asdict(result)) not in known])
+    new = [result for result in results if _what(asdict(result)) not in known]
+    if new:
+        append(path, new)
 
 
 def _what(row: dict) -> str:

@@ -37,6 +37,7 @@ from dms_lab.generation import Engine, end_ids
 from dms_lab.policies import FullPolicy
 from dms_lab.sampling import SamplingConfig
 
+_log = logging.getLogger(__name__)
 THINKING = ("auto", "yes", "no")
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -192,11 +193,12 @@ class DmsLM(HFLM):
     def think_end(self, prompt: str, is_ours: bool = True) -> str | None:
         """The text after which an answer to this prompt stands; None: the model does not think, or no longer.
 
-        With `auto`, other tasks than this project's are read as texts that may or may not hold a thought.
+        With `auto`, other tasks than this project's are read as texts that may or may not hold a thought, unless the prompt
+        opens one.
         """
         if self.thinking != "auto":
             return END_THINK if self.thinking == "yes" else None
-        may_think = is_ours and END_THINK in self.tokenizer.get_vocab()
+        may_think = (is_ours or prompt.rstrip().endswith(THINK)) and END_THINK in self.tokenizer.get_vocab()
         return END_THINK if may_think and END_THINK not in prompt[max(0, prompt.rfind(THINK)) :] else None
 
     def sampling_of(self, gen_kwargs: dict[str, Any], think_end: str | None) -> tuple[SamplingConfig, int]:
@@ -209,6 +211,8 @@ class DmsLM(HFLM):
         if not sampled:
             values = {key: value for key, value in values.items() if key == "repetition_penalty"}
         stop_after = think_end if until else None
+        if until and think_end is None and self.thinking == "auto" and END_THINK in self.tokenizer.get_vocab():
+            _log.warning("stop strings %s hold from the first token; if this model thinks, give thinking=yes", until)
         return SamplingConfig(**values, stop=tuple(until), stop_after=stop_after, seed=self.seed), most
 
     def run_of(self, sampling: SamplingConfig) -> str:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from dms_lab import pareto, terminal
 
@@ -28,7 +28,7 @@ class Meter:
         self._tokens, self._chains_here, self._most = 0, 0, tokens_per_chain
         self._started = self._said = time.monotonic()
         self._is_terminal = sys.stdout.isatty()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
         self._bar = Progress(*columns, console=terminal.console(), transient=True, disable=not self._is_terminal)
         self._row = self._bar.add_task(task, total=self._num_chains, state="")
 
@@ -72,16 +72,16 @@ class Meter:
             parts.append(f"{100 * self._truncated / self._done:.0f} % truncated")
         return ", ".join(parts)
 
-    def _seconds_left(self) -> float | None:
+    def _line(self) -> str:
+        """The state, and how long the rest takes at the rate of the chains that were generated in this sitting."""
         if not self._chains_here:
-            return None
-        return (time.monotonic() - self._started) / self._chains_here * (self._num_chains - self._done)
+            return self.state()
+        seconds = (time.monotonic() - self._started) / self._chains_here * (self._num_chains - self._done)
+        return f"{self.state()}, {seconds / 60:.0f} min left"
 
     def _show(self) -> None:
         if self._is_terminal:
-            self._bar.update(self._row, state=self.state())
-            return
-        if time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
+            self._bar.update(self._row, state=self._line())
+        elif time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
-            left = self._seconds_left()
-            print(f"{self.task}: {self.state()}" + ("" if left is None else f", {left / 60:.0f} min left"), flush=True)
+            print(f"{self.task}: {self._line()}", flush=True)

@@ -225,9 +225,9 @@ def suspicions(found: Sequence[results.Result], what: Plan) -> Iterator[str]:
 
     Both at the longest limit; scores of a part of a task, or of shorter chains than the published ones, are not compared.
     """
-    longest: dict[tuple[str, str, float], results.Result] = {}
+    longest: dict[tuple, results.Result] = {}
     for row in found:
-        name = (row.task, row.method, row.target_cr)
+        name = (row.task, row.method, row.settings.get("budget") or row.target_cr)
         if row.task in BENCHMARKS and (row.max_tokens or 0) > (longest[name].max_tokens if name in longest else 0):
             longest[name] = row
     for row in longest.values():

@@ -32,7 +32,7 @@ _STARRED = (
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _OUT_OF_MEMORY = 120  # exit status of a child that had no memory left to say so
 _RESULT = 3  # where a child writes what it has to say beside its stdout
-_BYTES_PER_INODE = 2048  # of kernel memory for an empty file, or a name of one
+_BYTES_PER_INODE = 2048  # of kernel memory for an empty file or another name of one, at most
 
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
