@@ -3,14 +3,16 @@
 import ast
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from dms_lab.evaluation import sandbox
+from dms_lab.evaluation import sandbox, sandbox_inside
 from dms_lab.evaluation.sandbox import SandboxError, SandboxLimits, check_sandbox, run_tests
 
 LIMITS = SandboxLimits(seconds_per_test=3, memory_bytes=300 << 20, file_bytes=4 << 20, output_bytes=1 << 20)
@@ -82,6 +84,7 @@ math.seen = True
         "import threading\nthreading.Timer(0.2, lambda: print('2 2 4 50000')).start()",
         "import atexit\natexit.register(lambda: print('2 2 4 50000'))",
         "def f(n):\n    return n and 1 + f(n - 1)\nprint(2, 2, 4, f(40000) + 10000)",
+        "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    print('2 2 4 50000')\nasyncio.run(f())",
         "import io\nout = io.TextIOWrapper(open(1, 'wb', closefd=False))\nprint('2 2 4 50000', file=out)\nout.close()",
     ],
 )
@@ -207,6 +210,121 @@ def test_many_processes_together_have_no_more_memory_than_one():
     assert statuses(run(source)) == ["memory"]
 
 
+filtered = pytest.mark.skipif(os.uname().machine not in sandbox_inside._MACHINES, reason="no filter on this machine")
+
+
+@filtered
+@pytest.mark.parametrize(
+    "call",
+    [
+        "checked(libc.shmget(0, 150 << 20, 0o1600))",
+        "checked(libc.semget(0, 32000, 0o1600))",
+        "checked(libc.msgget(0, 0o1600))",
+        "checked(libc.inotify_init1(0))",
+        "os.memfd_create('x')",
+        "checked(libc.vmsplice(os.pipe()[1], None, 0, 0))",
+        "__import__('socket').create_server(('127.0.0.1', 0))",
+        "os.fork() and os._exit(os.wait()[1] >> 8) or os.memfd_create('x')",  # a child has the filter, too
+    ],
+)
+def test_memory_that_no_limit_counts_cannot_be_had(call):
+    source = f"""import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+def checked(value):
+    if value == -1:
+        raise OSError(ctypes.get_errno(), "refused")
+{call}"""
+    (outcome,) = run(source)
+    assert (outcome.status, outcome.note.split("]")[0]) == ("error", "PermissionError: [Errno 1"), outcome
+
+
+@filtered
+def test_every_call_of_the_filter_is_refused_and_no_other():
+    column = list(sandbox_inside._MACHINES).index(os.uname().machine)
+    numbers = [row[column] for row in sandbox_inside._REFUSED.values() if row[column] is not None]
+    source = f"""import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+zeros = [ctypes.c_ulong(0)] * 6
+for number in {numbers}:
+    print(libc.syscall(number, *zeros), ctypes.get_errno())
+print(libc.syscall({{"x86_64": 39, "aarch64": 172}}[os.uname().machine]) == os.getpid())"""
+    assert run(source)[0].output == "-1 1\n" * len(numbers) + "True\n"
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the other numbers of x86_64")
+@pytest.mark.parametrize("numbers", ["of x32", "of i386"])
+def test_the_filter_is_not_passed_by_other_numbers(numbers):
+    source = r"""import ctypes, mmap
+if NUMBERS == "of x32":
+    print(ctypes.CDLL(None).syscall(ctypes.c_ulong(0x40000000 | 319), b"x", 0))
+else:
+    code = mmap.mmap(-1, 4096, prot=7)
+    code.write(b"\xb8\x14\0\0\0\xcd\x80\xc3")  # mov eax, getpid; int 0x80; ret
+    print(ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))())"""
+    (outcome,) = run(source.replace("NUMBERS", repr(numbers)))
+    assert (outcome.output, outcome.note) in [("-1\n", ""), ("", "killed by signal 11")]  # that: no i386 in this kernel
+
+
+def verdict_of(code, arch, number):
+    """What a classic BPF program of `_filter`'s four operations returns for a system call."""
+    place, value = 0, None
+    while True:
+        kind, if_true, if_false, operand = struct.unpack_from("HBBI", code, 8 * place)
+        if kind == 0x20:
+            value, jump = {0: number, 4: arch}[operand], 0
+        elif kind == 0x06:
+            return operand
+        else:
+            jump = if_true if {0x15: value == operand, 0x35: value >= operand}[kind] else if_false
+        place += 1 + jump
+
+
+@pytest.mark.parametrize(("machine", "arch"), sandbox_inside._MACHINES.items())
+def test_the_filter_of_each_machine_refuses_its_own_numbers_and_all_of_others(machine, arch, monkeypatch):
+    monkeypatch.setattr(sandbox_inside.os, "uname", lambda: SimpleNamespace(machine=machine))
+    code = sandbox_inside._filter()
+    column = list(sandbox_inside._MACHINES).index(machine)
+    refused = {row[column] for row in sandbox_inside._REFUSED.values()} - {None}
+    found = {number for number in range(1000) if verdict_of(code, arch, number) == 0x50001}
+    assert found == refused
+    assert {verdict_of(code, arch, number) for number in set(range(1000)) - refused} == {0x7FFF0000}
+    assert {verdict_of(code, 0x40000003, number) for number in range(1000)} == {0x50001}
+    assert {verdict_of(code, arch, 0x40000000 + number) for number in range(1000)} == {0x50001}
+
+
+def test_a_machine_whose_numbers_are_unknown_has_no_filter(monkeypatch):
+    monkeypatch.setattr(sandbox_inside.os, "uname", lambda: SimpleNamespace(machine="riscv64"))
+    assert sandbox_inside._filter() == b""
+
+
+def test_shared_memory_is_not_written_past_the_limits():
+    source = "from multiprocessing import shared_memory\nshared_memory.SharedMemory(create=True, size=500 << 20)"
+    (outcome,) = run(source)
+    assert (outcome.status, outcome.note.split(":")[0]) == ("error", "OSError"), outcome
+
+
+def test_shared_memory_of_many_processes_is_counted():
+    source = """import mmap, os, time
+for _ in range(4):
+    shared = mmap.mmap(-1, 100 << 20)
+    if os.fork() == 0:
+        break
+    shared.close()
+else:
+    time.sleep(9)
+for _ in range(100):
+    shared.write(bytes(1 << 20))
+time.sleep(9)"""
+    assert statuses(run(source)) == ["memory"]
+
+
+@pytest.mark.parametrize("more", ["os.link('x', f'{i}')", "os.mknod(f'{i}')", "os.symlink('x' * 100, f'{i}')"])
+def test_names_of_files_are_counted_as_memory(more):
+    source = f"import os\nos.mknod('x')\nfor i in range(1 << 20): {more}"
+    outcomes = run(source, "", limits=SandboxLimits(memory_bytes=100 << 20, seconds_per_test=30))
+    assert statuses(outcomes) == ["memory"]
+
+
 @pytest.mark.parametrize("bomb", ["while True: os.fork()", "while os.fork(): pass\ntime.sleep(99)"])
 def test_a_fork_bomb_is_over_with_its_test(bomb):
     outcomes = run(f"import os, time\nif input() == 'bomb':\n    exec({bomb!r})\nprint(1)", "bomb", "none", limits=QUICK)
@@ -260,7 +378,7 @@ for place in [("127.0.0.1", PORT), ("10.0.0.1", 80)]:
         print("connected")
     except OSError:
         print("no")
-print(len(socket.if_nameindex()))
+print(len(open("/proc/net/dev").readlines()) - 2)
 """
     with socket.create_server(("127.0.0.1", 0)) as server:
         (outcome,) = run(source.replace("PORT", str(server.getsockname()[1])))
@@ -396,6 +514,16 @@ def test_a_sandbox_that_does_not_start_is_no_verdict(text, monkeypatch, tmp_path
     monkeypatch.setattr(sandbox, "_SUPERVISOR", fake)
     with pytest.raises(SandboxError, match="no room" if "room" in text else "did not start"):
         run(ECHO, "1", place=place)
+
+
+@filtered
+def test_a_kernel_without_filters_is_no_verdict(monkeypatch, tmp_path):
+    old_kernel = tmp_path / "old_kernel.py"
+    old_kernel.write_text(sandbox._SUPERVISOR.read_text().replace("errno.EFAULT", "errno.EINVAL"))
+    monkeypatch.setattr(sandbox, "_SUPERVISOR", old_kernel)
+    with pytest.raises(SandboxError, match="CONFIG_SECCOMP_FILTER"):
+        run(ECHO, "1")
+    assert run(ECHO, "1", place="none")[0].output == "1\n"
 
 
 def test_what_is_missing_is_said_with_the_remedy(monkeypatch, tmp_path):
