@@ -10,9 +10,7 @@ stdin is a mock; a function is called on a fresh `Solution` for each test, which
 
 import json
 import re
-import threading
-from collections.abc import Hashable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterator
 from datetime import date
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -130,10 +128,6 @@ def grade(doc: dict[str, Any], answer_text: str, limits: SandboxLimits, sandbox:
 
     Tests after that are not run. Raises `SandboxError` where the sandbox failed, `ValueError` for unreadable tests.
     """
-    return _grade(doc, answer_text, limits, sandbox, threading.Event())
-
-
-def _grade(doc: dict[str, Any], answer_text: str, limits: SandboxLimits, sandbox: str, stop: threading.Event) -> Verdict:
     code = extract_code(answer_text)
     if code is None:
         return Verdict(0.0, note="no code")
@@ -145,14 +139,15 @@ def _grade(doc: dict[str, Any], answer_text: str, limits: SandboxLimits, sandbox
         if why:
             kind = "public" if index < num_public else "private"
             failures.append(f"test {index + 1} of {len(tests)} ({kind}): {why}")
-        return not why and not stop.is_set()
+        return not why
 
     outcomes = run_tests(code, [test.input for test in tests], limits, sandbox, doc["fn_name"], go_on)
     if not failures and outcomes[-1].status != "ok":
         go_on(len(outcomes) - 1, outcomes[-1])  # the sandbox ended, and nobody was asked
-    if not failures and len(outcomes) == len(tests):
-        return Verdict(1.0)
-    return Verdict(0.0, note=failures[0] if failures else "stopped")
+    if failures:
+        return Verdict(0.0, note=failures[0])
+    assert len(outcomes) == len(tests)
+    return Verdict(1.0)
 
 
 def why_wrong(outcome: TestOutcome, expected: str, is_function: bool) -> str:
@@ -186,31 +181,3 @@ def same_value(returned: str, expected: str) -> bool:
 
 def _value(text: str) -> Any:
     return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits))
-
-
-def grade_many(
-    jobs: Iterable[tuple[Hashable, dict[str, Any], str]],
-    workers: int,
-    limits: SandboxLimits | None = None,
-    sandbox: str = "bubblewrap",
-) -> Iterator[tuple[Hashable, Verdict]]:
-    """Each job's key with its verdict, as they come; a job is (key, doc, answer), and few are taken ahead of time.
-
-    The first error of a grader is raised; closing the iterator ends the running ones at their next test.
-    """
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
-    stop, limits = threading.Event(), limits or SandboxLimits()
-    pool, running, jobs = ThreadPoolExecutor(workers), {}, iter(jobs)
-    try:
-        while True:
-            while len(running) < 2 * workers and (job := next(jobs, None)) is not None:
-                key, doc, answer = job
-                running[pool.submit(_grade, doc, answer, limits, sandbox, stop)] = key
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
