@@ -192,6 +192,62 @@ def test_tests_are_public_and_private_in_both_encodings(docs):
     assert not docs["made_b"]["private_tests"].startswith("[")
 
 
+def encoded(number, size=1):
+    tests = [{"input": f"{number}\n", "output": "x" * size, "testtype": "stdin"}]
+    return json.dumps(tests), packed(json.dumps(tests))
+
+
+@pytest.fixture
+def decodings(monkeypatch):
+    """The private tests that were decoded, with nothing kept from before."""
+    found = []
+    monkeypatch.setattr(livecodebench_files, "decoded", lambda text: found.append(text) or decoded(text))
+    monkeypatch.setattr(livecodebench_files, "_KEPT", type(livecodebench_files._KEPT)())
+    return found
+
+
+def test_tests_of_the_last_few_problems_are_decoded_once(decodings):
+    for number in [0, 0, 1, 2, 3, 0, 4, 0, 1]:  # 1 is the one that was longest unused when 4 came
+        tests, num_public = livecodebench_files.tests_of(*encoded(number), "x")
+        assert ([test.input for test in tests], num_public) == ([f"{number}\n"] * 2, 1)
+    assert decodings == [encoded(number)[1] for number in [0, 1, 2, 3, 4, 1]]
+    assert len(livecodebench_files._KEPT) == 4
+
+
+def test_problems_that_differ_in_either_text_are_told_apart(decodings):
+    public, private = encoded(1)
+    assert len(livecodebench_files.tests_of(public, private, "x")[0]) == 2
+    assert len(livecodebench_files.tests_of(public, "[]", "x")[0]) == 1
+    assert livecodebench_files.tests_of("[]", public, "x")[1] == 0
+    assert livecodebench_files.tests_of(public, "[]", "x")[1] == 1
+
+
+def test_few_characters_are_kept_decoded(decodings, monkeypatch):
+    monkeypatch.setattr(livecodebench_files, "_MOST_KEPT_CHARACTERS", 1000)
+    for number in range(3):
+        livecodebench_files.tests_of(*encoded(number, 200), "x")
+    assert len(livecodebench_files._KEPT) == 2
+    livecodebench_files.tests_of(*encoded(3, 2000), "x")
+    livecodebench_files.tests_of(*encoded(3, 2000), "x")
+    assert len(livecodebench_files._KEPT) == 1  # more than that, but the one in use
+    assert len(decodings) == 4
+
+
+def test_threads_that_ask_at_once_decode_once(decodings):
+    problem = encoded(0, 2_000_000)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: livecodebench_files.tests_of(*problem, "x"), range(16)))
+    assert len(decodings) == 1
+    assert all(tests is found[0][0] for tests, _ in found)
+
+
+def test_tests_that_cannot_be_read_are_named_each_time_and_not_kept(decodings):
+    for name in ("made_x", "made_y"):
+        with pytest.raises(ValueError, match=name):
+            livecodebench_files.tests_of("[]", "[]", name)
+    assert not livecodebench_files._KEPT
+
+
 class Malicious:
     def __reduce__(self):
         return (os.mkdir, ("/tmp/unpickled-by-livecodebench",))

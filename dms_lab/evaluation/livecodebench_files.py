@@ -12,7 +12,9 @@ import os
 import pickletools
 import re
 import tempfile
+import threading
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ COLUMNS = (
 _SCHEMA_VERSION = 1
 _ROWS_AT_A_TIME = 16  # a row has megabytes of tests
 _MOST_BYTES = 1 << 30  # of the tests of one problem, decoded
+_MOST_KEPT, _MOST_KEPT_CHARACTERS = 4, 256 << 20  # problems whose tests are kept decoded, and their tests together
 _STRING_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 _STRINGS = {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
 
@@ -173,15 +176,39 @@ def _checked(line: str, place: str) -> dict[str, str]:
     return {name: row[name] for name in COLUMNS}
 
 
-def tests_of(public: str, private: str, name: str) -> tuple[list[CodeTest], int]:
-    """All tests of a problem, the public ones first, and how many those are; raises `ValueError` if they cannot be read."""
+def tests_of(public: str, private: str, name: str) -> tuple[tuple[CodeTest, ...], int]:
+    """All tests of a problem, the public ones first, and how many those are; raises `ValueError` if they cannot be read.
+
+    Those of the last few problems are kept, as many answers to a problem are graded one after the other; threads may share
+    them, and wait for each other to decode.
+    """
+    key = tuple(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (public, private))
+    with _KEPT_LOCK:
+        if key in _KEPT:
+            _KEPT.move_to_end(key)
+        else:
+            _KEPT[key] = _decoded_tests(public, private, name)
+            while len(_KEPT) > 1 and (len(_KEPT) > _MOST_KEPT or _num_kept_characters() > _MOST_KEPT_CHARACTERS):
+                _KEPT.popitem(last=False)
+        return _KEPT[key]
+
+
+_KEPT: OrderedDict[tuple[bytes, ...], tuple[tuple[CodeTest, ...], int]] = OrderedDict()
+_KEPT_LOCK = threading.Lock()
+
+
+def _num_kept_characters() -> int:
+    return sum(len(test.input) + len(test.output) for tests, _ in _KEPT.values() for test in tests)
+
+
+def _decoded_tests(public: str, private: str, name: str) -> tuple[tuple[CodeTest, ...], int]:
     try:
         first, others = _tests(json.loads(public)), _tests(json.loads(decoded(private)))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the tests of problem {name} cannot be read: {error!r}") from error
     if not first and not others:
         raise ValueError(f"problem {name} has no tests, so that nothing can be said about a program")
-    return first + others, len(first)
+    return (*first, *others), len(first)
 
 
 def _tests(found: Any) -> list[CodeTest]:
