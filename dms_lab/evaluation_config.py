@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from dms_lab.config import RIVALS, ModelConfig, build
+from dms_lab.config import ModelConfig, build
+from dms_lab.generation_config import base_config, check_subject
 
-POLICIES = ("full", *RIVALS)
 SANDBOXES = ("bubblewrap", "none")
 _CHOICES = {
     "prompt_style": ("paper", "card"),
@@ -134,13 +134,9 @@ def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
     if (tasks := values.pop("tasks", None)) is not None:
         group["tasks"] = tasks if isinstance(tasks, list) else [tasks]
     reasoning = build(ReasoningConfig, group, "eval.")
-    model = values.pop("model", None)
-    if model is not None and model.get("path") in (None, "???"):
-        raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
-    built = None if model is None else build(ModelConfig, model, "model.")
-    values |= {"eval": reasoning, "model": built, "shard": _shard(values.get("shard"))}
+    values |= {"eval": reasoning, "model": base_config(values.get("model")), "shard": _shard(values.get("shard"))}
     config = build(EvaluateConfig, values, "")
-    _check_subject(config)
+    check_subject(config.model, config.checkpoint, config.policy, config.budget)
     _check_reasoning(reasoning)
     if config.sandbox not in SANDBOXES:
         raise ValueError(f"sandbox={config.sandbox!r} is not known; choose one of {', '.join(SANDBOXES)}")
@@ -163,23 +159,6 @@ def _shard(value: Any) -> tuple[int, int]:
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise ValueError(f"shard={value!r} must name a part as shard=3/8, the third of eight; parts count from 1")
     return int(found[1]), int(found[2])
-
-
-def _check_subject(config: EvaluateConfig) -> None:
-    if config.checkpoint is None and (config.model is None or config.policy is None):
-        raise ValueError(
-            "give checkpoint=<a run's folder, or one checkpoint>, or model=<name> policy=<rule> for a model as it is, "
-            f"with a policy of {', '.join(POLICIES)}"
-        )
-    if config.checkpoint is not None and config.policy is not None:
-        raise ValueError(f"policy={config.policy} is for a model without a checkpoint; leave one of the two out")
-    if config.policy is not None and config.policy not in POLICIES:
-        raise ValueError(f"policy={config.policy!r} is not known; choose one of {', '.join(POLICIES)}")
-    if (config.policy in RIVALS) != (config.budget is not None):
-        raise ValueError(
-            f"policy={config.policy} and budget={config.budget} do not go together: {', '.join(RIVALS)} need "
-            "budget=<live tokens per KV head>, nothing else has one"
-        )
 
 
 def _check_reasoning(config: ReasoningConfig) -> None:

@@ -48,27 +48,35 @@ def generate_keys() -> tuple[str, ...]:
     return (*own, *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)))
 
 
-def resolve_generate(cfg: dict[str, Any]) -> GenerateConfig:
-    """A complete configuration of a generation from a composed one; `ValueError` for the first thing that is wrong."""
-    values = {key: value for key, value in cfg.items() if key != "data"}
-    model = values.pop("model", None)
+def base_config(model: dict[str, Any] | None) -> ModelConfig | None:
+    """A composed model group as a configuration; None without one."""
     if model is not None and model.get("path") in (None, "???"):
         raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
-    built = None if model is None else build(ModelConfig, model, "model.")
-    config = build(GenerateConfig, values | {"model": built}, "")
-    if config.checkpoint is None and (config.model is None or config.policy is None):
+    return None if model is None else build(ModelConfig, model, "model.")
+
+
+def check_subject(model: object, checkpoint: str | None, policy: str | None, budget: int | None) -> None:
+    """Raises `ValueError` unless a checkpoint is given, or a model with a policy and the budget that it needs."""
+    if checkpoint is None and (model is None or policy is None):
         raise ValueError(
             "give checkpoint=<folder of a checkpoint>, or model=<name> policy=<rule> for a model as it is, "
             f"with a policy of {', '.join(POLICIES)}"
         )
-    if config.policy is not None and config.policy not in POLICIES:
-        raise ValueError(f"policy={config.policy!r} is not known; choose one of {', '.join(POLICIES)}")
-    if config.checkpoint is not None and config.policy is not None:
-        raise ValueError(f"policy={config.policy} is for a model without a checkpoint; leave one of the two out")
-    if config.policy in RIVALS and config.budget is None:
-        raise ValueError(f"policy={config.policy} needs budget=<live tokens per KV head>")
-    if config.policy not in RIVALS and config.budget is not None:
-        raise ValueError(f"budget={config.budget} is for {', '.join(RIVALS)}; nothing else has one")
+    if policy is not None and policy not in POLICIES:
+        raise ValueError(f"policy={policy!r} is not known; choose one of {', '.join(POLICIES)}")
+    if checkpoint is not None and policy is not None:
+        raise ValueError(f"policy={policy} is for a model without a checkpoint; leave one of the two out")
+    if policy in RIVALS and budget is None:
+        raise ValueError(f"policy={policy} needs budget=<live tokens per KV head>")
+    if policy not in RIVALS and budget is not None:
+        raise ValueError(f"budget={budget} is for {', '.join(RIVALS)}; nothing else has one")
+
+
+def resolve_generate(cfg: dict[str, Any]) -> GenerateConfig:
+    """A complete configuration of a generation from a composed one; `ValueError` for the first thing that is wrong."""
+    values = {key: value for key, value in cfg.items() if key != "data"}
+    config = build(GenerateConfig, values | {"model": base_config(values.pop("model", None))}, "")
+    check_subject(config.model, config.checkpoint, config.policy, config.budget)
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give either prompt="a text" or prompts=<a JSONL file>')
     if (config.prompts is None) != (config.out is None):

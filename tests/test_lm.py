@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -269,6 +270,24 @@ def test_a_checkpoint_is_found_with_its_base(random, base_folder, tmp_path):
     assert set(attached.identity) == {"weights", "dtype", "policy", "budget", "dms.json", "dms.safetensors"}
 
 
+def test_an_attached_model_is_known_by_its_weights_and_their_dtype_and_not_by_its_path(base_folder, tmp_path):
+    def identity(folder, dtype="float32", policy="full", budget=None):
+        return attach(str(folder), None, policy, budget, dtype=dtype, device="cpu").identity
+
+    same, other = tmp_path / "same", tmp_path / "other"
+    shutil.copytree(base_folder, same)
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[0, 0] += 1
+    shutil.copytree(base_folder, other)
+    model.save_pretrained(other)
+    assert identity(base_folder) == identity(same)
+    assert str(base_folder) not in json.dumps(identity(base_folder))
+    names = [identity(base_folder), identity(other), identity(base_folder, "bfloat16")]
+    names += [identity(base_folder, policy="tova", budget=budget) for budget in (8, 16)]
+    assert len({json.dumps(name, sort_keys=True) for name in names}) == 5
+
+
 def test_a_model_in_memory_is_named_by_its_weights(random, base_folder):
     attached = Attached.of(random.handle.model, random.tokenizer)
     requests = ask("dms_aime24", "What?", {"id": "a", "answer": "1"})
@@ -288,12 +307,13 @@ def test_a_model_in_memory_is_named_by_its_weights(random, base_folder):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (("m", "c", "full", None), "and not both"),
-        ((None, None, None, None), "give checkpoint=<folder>, or pretrained="),
+        (("m", "c", "full", None), "policy=full is for a model without a checkpoint"),
+        (("m", "c", None, None), "give one of them; a checkpoint names its base"),
+        ((None, None, None, None), "give checkpoint=<folder of a checkpoint>"),
         (("m", None, "h3o", None), f"choose one of full, {', '.join(HEURISTICS)}"),
-        (("m", None, "tova", None), "need a budget"),
-        (("m", None, "full", 9), "do not go together"),
-        ((None, None, "full", None), "needs pretrained="),
+        (("m", None, "tova", None), "needs budget="),
+        (("m", None, "full", 9), "budget=9 is for"),
+        ((None, None, "full", None), "give checkpoint="),
         (("no/such", None, "full", None), "no weights for model.path=no/such"),
     ],
 )

@@ -16,6 +16,7 @@ from dms_lab.cache.policy import Policy
 from dms_lab.checkpoint import file_hashes, fingerprint, load_checkpoint
 from dms_lab.config import ModelConfig
 from dms_lab.evaluation.report import base_of
+from dms_lab.generation_config import check_subject
 from dms_lab.policies import HEURISTICS, FullPolicy
 from dms_lab.structure import num_kv_heads
 
@@ -57,17 +58,11 @@ def attach(
     device: str | None = None,
 ) -> Attached:
     """A checkpoint on its base, or a model as it is under a policy; `ValueError` for what does not go together."""
-    if (checkpoint is None) == (policy is None):
+    check_subject(pretrained, checkpoint, policy, budget)
+    if checkpoint is not None and pretrained is not None:
         raise ValueError(
-            "give checkpoint=<folder>, or pretrained=<hub id or folder> with policy=<rule> "
-            f"(full, or {', '.join(HEURISTICS)} with budget=<live tokens per KV head>), and not both"
+            f"pretrained={pretrained} and checkpoint={checkpoint}: give one of them; a checkpoint names its base"
         )
-    if policy is not None and policy != "full" and policy not in HEURISTICS:
-        raise ValueError(f"policy={policy!r} is not known; choose one of full, {', '.join(HEURISTICS)}")
-    if (policy in HEURISTICS) != (budget is not None):
-        raise ValueError(f"policy={policy} and budget={budget} do not go together; {', '.join(HEURISTICS)} need a budget")
-    if checkpoint is None and pretrained is None:
-        raise ValueError(f"policy={policy} needs pretrained=<hub id or folder>")
     config = ModelConfig(pretrained, pretrained, 0, 0, 0.0, 0.0, 1) if pretrained else base_of(Path(checkpoint))
     config = config if dtype is None else replace(config, dtype=dtype)
     tokenizer = models.load_tokenizer(config)
