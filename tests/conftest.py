@@ -93,3 +93,16 @@ def make_config(base_folder, tmp_path):
         return TrainConfig(**(values | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bubblewrap():
+    """Skips, with the reason, where programs cannot be run in a sandbox, unless one is required."""
+    from dms_lab.evaluation.sandbox import check_sandbox
+
+    try:
+        check_sandbox()
+    except ValueError as error:
+        if os.environ.get("DMS_LAB_REQUIRE_SANDBOX") == "1":
+            raise
+        pytest.skip(str(error))

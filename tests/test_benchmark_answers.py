@@ -1,6 +1,5 @@
 """Each benchmark from its data to its results, with chains whose texts are known: only the model is made up."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ from dms_lab.evaluation import lm
 from dms_lab.evaluation.loading import load_task
 from dms_lab.evaluation.problems import SETS
 from dms_lab.evaluation.reasoning import evaluate_benchmarks
-from dms_lab.evaluation.sandbox import check_sandbox
 from dms_lab.evaluation.store import SampleStore
 
 DATA = Path(__file__).parent / "data"
@@ -107,16 +105,6 @@ def test_answers_are_read_after_the_thought_and_chains_are_combined(
         frame = store.to_frame()
     assert {v.note for (key, _, _), v in verdicts.items() if key.chain == 1} == {"cut off within the thought"}
     assert frame.groupby("chain")["score"].mean().tolist() == [1, 0, 0]
-
-
-@pytest.fixture
-def bubblewrap():
-    try:
-        check_sandbox()
-    except ValueError as error:
-        if os.environ.get("DMS_LAB_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
 
 
 def test_programs_are_run_and_any_chain_that_passes_counts(

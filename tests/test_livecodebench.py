@@ -16,7 +16,7 @@ import pytest
 from dms_lab.evaluation import livecodebench, livecodebench_files
 from dms_lab.evaluation.livecodebench import ERRATA, extract_code, grade, problems, same_lines, same_value
 from dms_lab.evaluation.livecodebench_files import decoded
-from dms_lab.evaluation.sandbox import SandboxError, SandboxLimits, check_sandbox, run_tests
+from dms_lab.evaluation.sandbox import SandboxError, SandboxLimits, run_tests
 from dms_lab.evaluation.verdict import Verdict
 
 FILES = Path(__file__).parent / "data" / "livecodebench"
@@ -35,16 +35,6 @@ def read(tmp_path):
 @pytest.fixture
 def docs(read):
     return {doc["id"]: doc for doc in read(start=None, end=None)}
-
-
-@pytest.fixture(scope="module")
-def bubblewrap():
-    try:
-        check_sandbox()
-    except ValueError as error:
-        if os.environ.get("DMS_LAB_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
 
 
 def fenced(code):
