@@ -149,7 +149,8 @@ def _checked_foreign(name: str, found: dict[str, Any], config: EvaluateConfig) -
     notices = []
     settings = config.eval
     given = [f"eval.{key}" for key in _OWN_KEYS if getattr(settings, key) is not None]
-    given += [f"eval.{key}" for key in ("width", "seeds") if len(getattr(settings, key)) > 1]
+    given += ["eval.width"] if settings.width != (1,) else []
+    given += ["eval.seeds"] if len(settings.seeds) > 1 else []
     if given:
         notices.append(f"{name} is lm-eval's own and runs as its file says: {', '.join(given)} has no effect on it")
     return LoadedTask(name, found, settings, None, {}, tuple(notices))
