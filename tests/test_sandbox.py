@@ -20,14 +20,7 @@ QUICK = SandboxLimits(seconds_per_test=0.5, memory_bytes=512 << 20)
 ECHO = "print(input())"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def needs_bubblewrap():
-    try:
-        check_sandbox()
-    except ValueError as error:
-        if os.environ.get("DMS_LAB_REQUIRE_SANDBOX") == "1":
-            raise
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("bubblewrap")
 
 
 @pytest.fixture(params=["bubblewrap", "none"])
