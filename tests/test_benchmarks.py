@@ -20,7 +20,8 @@ from dms_lab.evaluation.math_worker import Result as MathResult
 from dms_lab.evaluation.verdict import Verdict
 from dms_lab.results import Result
 
-MODELS = {path.stem for path in (Path(__file__).parent.parent / "conf" / "model").glob("*.yaml")}
+CONF = Path(__file__).parent.parent / "conf" / "model"
+MODELS = {path.stem for path in CONF.glob("*.yaml")}
 
 
 class Loader(yaml.SafeLoader):
@@ -52,7 +53,7 @@ def test_a_task_file_names_its_task_and_the_results_of_its_own_kind(monkeypatch,
     monkeypatch.setattr(benchmarks, "_results", lambda benchmark, doc, results: (benchmark, doc, results))
     benchmark, *given = getattr(importlib.import_module(module), name)({"id": "d"}, ["reply"])
     assert given == [{"id": "d"}, ["reply"]]
-    for what in ("kind", "grade", "needs_end", "version"):
+    for what in ("kind", "grade", "needs_end", "version", "votes"):
         assert getattr(benchmark, what) == getattr(BENCHMARKS[task], what)
 
 
@@ -73,6 +74,27 @@ def test_only_programs_are_run_and_expected_scores_are_percentages_of_models_kno
     assert all(1 < score < 100 for score in benchmark.expected.values())
     of_the_paper = task in ("dms_aime24", "dms_math500", "dms_gpqa_diamond", "dms_livecodebench")
     assert bool(benchmark.expected) == of_the_paper
+
+
+@pytest.mark.parametrize("model", BENCHMARKS["dms_aime24"].expected)
+def test_a_model_has_the_published_scores_of_its_configuration_by_its_hub_id_too(model):
+    path = yaml.safe_load((CONF / f"{model}.yaml").read_text())["model"]["path"]
+    for benchmark in BENCHMARKS.values():
+        score = benchmark.expected.get(model)
+        assert benchmark.full_score("hf", path) == benchmark.full_score(model, "a/copy") == score
+    assert BENCHMARKS["dms_aime24"].full_score("hf", path) is not None
+    assert BENCHMARKS["dms_aime24"].full_score("hf", "a/copy") is None
+    assert BENCHMARKS["dms_aime24"].full_score("qwen3_0_6b", "Qwen/Qwen3-0.6B") is None
+
+
+def test_a_hub_id_is_stronger_than_the_name_that_a_model_was_given():
+    assert BENCHMARKS["dms_aime24"].full_score("qwen_r1_7b", "Qwen/Qwen3-8B") == 76.0
+
+
+def test_programs_and_lists_of_what_was_found_have_no_votes():
+    assert {name: benchmark.votes for name, benchmark in BENCHMARKS.items()} == {
+        name: benchmark.kind not in ("code", "ruler") for name, benchmark in BENCHMARKS.items()
+    }
 
 
 # -- verdicts ----------------------------------------------------------------------------------------------------------
@@ -183,6 +205,12 @@ def chains(*verdicts, truncated=()):
 def test_chains_become_the_numbers_of_a_problem(replies, avg, maj, pass_all, truncated):
     found = benchmarks.results_of_embedded({"answer": "not looked at"}, replies)
     assert found == pytest.approx({"avg": avg, "maj": maj, "pass_all": pass_all, "truncated": truncated})
+
+
+@pytest.mark.parametrize("results_of", [benchmarks.results_of_code, benchmarks.results_of_ruler])
+def test_chains_without_votes_have_no_majority_even_if_some_have_answers(results_of):
+    found = results_of({"answer": "not looked at"}, chains((1.0, "7"), (0.0, "7"), (0.0, "7"), (1.0, None), truncated={3}))
+    assert found == {"avg": 0.5, "pass_all": 1, "truncated": 0.25}
 
 
 def test_text_of_another_model_is_graded_as_it_comes():
@@ -337,7 +365,7 @@ def test_a_terminal_gets_a_line_that_is_drawn_over_and_no_log(clock, monkeypatch
         clock.now += 120
         meter.chain("a", truncated=False, is_new=True)
         meter._bar.refresh()
-    assert "1/2 problems" in terminal.getvalue()
+    assert "1/2 problems, 1/2 chains, 0 % truncated, 2 min left" in terminal.getvalue()
     assert "a task: " not in terminal.getvalue()
 
 
@@ -415,3 +443,73 @@ def test_many_chains_that_ran_out_of_tokens_are_told():
     assert warnings(**inside, truncation_rate=0.31) == ["31 % of the chains of full on dms_aime24 ran out of 32768 tokens"]
     assert warnings(**inside, truncation_rate=0.2) == warnings(**inside, truncation_rate=None) == []
     assert len(warnings(truncation_rate=0.5)) == 2
+
+
+INSIDE = dataclasses.replace(ROW, metrics={"avg": [0.55, 0.45, 0.65]})
+
+
+def rows(*changes):
+    """Rows that nothing but truncation can be said of."""
+    return [dataclasses.replace(INSIDE, **change) for change in changes]
+
+
+def test_a_score_is_compared_by_the_hub_id_of_the_model():
+    (sentence,) = warnings(name="hf", path="deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
+    assert "published is 55.5" in sentence
+
+
+def test_a_score_is_compared_once_whatever_the_widths():
+    wide = [dataclasses.replace(ROW, width=width, max_tokens=most) for most in (16384, 32768) for width in (4, 8)]
+    (sentence,) = warnings(*wide)
+    assert "published is 55.5" in sentence
+
+
+def test_the_score_at_the_longest_limit_is_the_one_that_is_compared():
+    right = dataclasses.replace(INSIDE, max_tokens=65536)
+    for order in ((ROW, right), (right, ROW)):
+        assert warnings(*order) == []
+    wrong = dataclasses.replace(ROW, max_tokens=65536)
+    for order in ((INSIDE, wrong), (wrong, INSIDE)):
+        assert len(warnings(*order)) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "full"}, {"method": "dms", "target_cr": 8.0}, {"method": "tova"}, {"task": "dms_tiny_road"}]
+)
+def test_truncation_is_told_of_any_model_and_method_of_parts_and_of_short_chains(changes):
+    (row,) = rows({"truncation_rate": 0.5, "max_tokens": 96} | changes)
+    told = f"50 % of the chains of {row.method} on {row.task} ran out of 96 tokens"
+    assert warnings(row, name="hf", path="someone/model", limit=3) == [told]
+
+
+def test_truncation_is_told_once_of_each_method_and_compression():
+    found = rows(
+        *({"width": width, "method": "full", "truncation_rate": 0.3} for width in (1, 4)),
+        *({"method": "dms", "target_cr": cr, "truncation_rate": rate} for cr, rate in ((2.0, 0.4), (4.0, 0.1), (8.0, 0.6))),
+    )
+    assert [sentence.partition(" on ")[0] for sentence in warnings(*found)] == [
+        "30 % of the chains of full",
+        "40 % of the chains of dms",
+        "60 % of the chains of dms",
+    ]
+
+
+@pytest.mark.parametrize("changes", [{"method": "full"}, {"method": "dms", "target_cr": 8.0}])
+def test_truncation_at_a_shorter_limit_is_not_told(changes):
+    short, long = rows({"max_tokens": 8192, "truncation_rate": 0.9} | changes, {"truncation_rate": 0.1} | changes)
+    assert len(warnings(short)) == 1
+    assert warnings(short, long) == warnings(long, short) == []
+
+
+def test_truncation_at_a_shorter_limit_is_not_told_of_a_rule_whose_compression_grows_with_the_limit():
+    same = {"method": "tova", "settings": {"budget": 512}}
+    short, long = rows(
+        same | {"max_tokens": 8192, "target_cr": 16.5, "truncation_rate": 0.9},
+        same | {"max_tokens": 32768, "target_cr": 64.5, "truncation_rate": 0.1},
+    )
+    assert warnings(short, long) == warnings(long, short) == []
+
+
+def test_truncation_of_prompts_of_each_length_is_told():
+    found = rows(*({"task": f"dms_vt_{n}", "max_tokens": 128, "truncation_rate": n / 8192} for n in (1024, 4096)))
+    assert warnings(*found) == ["50 % of the chains of full on dms_vt_4096 ran out of 128 tokens"]
