@@ -1,6 +1,7 @@
 """Results come back as they were written, strictly; figures and table show every method."""
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -44,6 +45,109 @@ def test_results_come_back_as_written(tmp_path):
     frame = results.load(tmp_path)
     assert list(frame["task"]) == ["road", "road", "ledger", "held_out_text"]
     assert frame["versions"][0]["torch"]
+
+
+def test_only_what_computed_results_is_in_their_versions(monkeypatch):
+    def without_extras(name):
+        if name in ("lm_eval", "math_verify"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(results, "version", without_extras)
+    assert set(results.versions()) == {"python", "torch", "transformers"}
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "math_verify"])
+def test_an_extra_that_is_installed_is_in_the_versions(name):
+    pytest.importorskip(name, reason="the extra `eval` is not installed")
+    assert results.versions()[name] == importlib.metadata.version(name)
+
+
+# -- results that are there already --------------------------------------------------------------------------------------
+
+
+def written(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_that_are_there_but_for_the_time_they_took_and_what_computed_them_are_not_written_again(tmp_path):
+    path = tmp_path / "run" / results.RESULTS
+    results.append_new(path, some_results())
+    first = path.read_text()
+    assert len(first.splitlines()) == 4
+    later = {"seconds": 9.0, "versions": {"torch": "0"}, "git_revision": "another"}
+    results.append_new(path, [dataclasses.replace(row, **later) for row in some_results()])
+    assert path.read_text() == first
+    more = dataclasses.replace(POINT, width=4)
+    results.append_new(path, [POINT, more])
+    assert path.read_text().startswith(first)
+    assert [row["width"] for row in written(path)] == [1, 1, 1, 1, 4]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"prompts": "b", "generation": {"temperature": 0.6}}},
+        {"settings": {"prompts": "a", "generation": {"temperature": 0.7}}},
+        {"settings": {}},
+        {"accuracy": 0.8},
+        {"max_tokens": 96},
+        {"sampling_seeds": [1]},
+        {"method": "full"},
+        {"run_id": "another"},
+        {"metrics": {"avg": [0.5, 0.4, 0.6]}},
+    ],
+)
+def test_a_row_that_differs_in_anything_else_is_written(tmp_path, changes):
+    path = tmp_path / results.RESULTS
+    row = dataclasses.replace(POINT, settings={"prompts": "a", "generation": {"temperature": 0.6}})
+    results.append_new(path, [row])
+    for _ in range(2):
+        results.append_new(path, [dataclasses.replace(row, **changes)])
+    assert len(written(path)) == 2
+
+
+NULLS = dict.fromkeys(
+    ("measured_cr", "window", "accuracy", "accuracy_low", "accuracy_high", "kv_reads", "peak_tokens", "kv_bytes_peak")
+)
+
+
+@pytest.mark.parametrize(
+    "beside", [[], [POINT], [dataclasses.replace(POINT, max_tokens=96, num_samples=4, perplexity=2.0)]]
+)
+def test_nulls_do_not_make_a_row_look_new_whatever_stands_beside_it(tmp_path, beside):
+    path = tmp_path / results.RESULTS
+    settings = {"limit": None, "deterministic": False, "generation": {"temperature": 1.0, "top_k": 20}}
+    row = dataclasses.replace(
+        POINT, **NULLS, metrics={"bits,none": [0.5, None, None], "ppl,none": [2.0, float("nan"), 3.0]}, settings=settings
+    )
+    nan = dataclasses.replace(row, accuracy_low=float("nan"), accuracy_high=float("nan"))
+    results.append_new(path, [*beside, row])
+    for again in ([row], [nan], [*beside, row]):
+        results.append_new(path, again)
+        assert len(written(path)) == len(beside) + 1
+
+
+def test_a_row_of_version_1_is_not_taken_for_a_new_one_that_says_more(tmp_path):
+    path = tmp_path / results.RESULTS
+    results.append_new(path, [POINT])
+    (line,) = written(path)
+    old = {key: value for key, value in line.items() if key not in SINCE_2} | {"schema_version": 1}
+    path.write_text(json.dumps(old) + "\n")
+    results.append_new(path, [POINT])
+    assert len(written(path)) == 1
+    results.append_new(path, [dataclasses.replace(POINT, settings={"storage": "fp8"})])
+    assert [row["schema_version"] for row in written(path)] == [1, 2]
+
+
+def test_a_bad_line_stops_new_rows_before_anything_is_written(tmp_path):
+    path = tmp_path / results.RESULTS
+    results.append_new(path, [POINT])
+    text = path.read_text()[:-40]
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"results.jsonl:1 is not a JSON object"):
+        results.append_new(path, [POINT])
+    assert path.read_text() == text
 
 
 def test_a_cut_line_and_an_unknown_schema_are_named(tmp_path):
