@@ -44,17 +44,15 @@ def verify():
         ("Done.</think>72<think>Wait, no", None),
         ("Done.</think>72<think>Wait, no.</think>73", "73"),
         ("Done.</think>", ""),
-        ("Done.</think> 4<|im_end|>", " 4"),
-        ("Done.</think>4<|im_end|><|endoftext|>", "4"),
-        ("Done.</think>4 <|im_end|> means the end.", "4 <|im_end|> means the end."),
+        ("Done.</think> 4<|im_end|>", " 4<|im_end|>"),
     ],
 )
 def test_the_answer_is_what_follows_the_last_end_of_thought(text, expected):
-    assert read_answer(text, "</think>", end_texts=("<|endoftext|>", "<|im_end|>", "")) == expected
+    assert read_answer(text, "</think>") == expected
 
 
 def test_without_a_thought_all_is_answer():
-    assert read_answer("<think>4</s>", None, end_texts=["</s>"]) == "<think>4"
+    assert read_answer("<think>4</s>", None) == "<think>4</s>"
     assert read_answer(" 4\n", None) == " 4\n"
 
 
@@ -368,7 +366,7 @@ def test_a_choice_is_read_by_the_most_trusted_form_that_is_there(text, letter):
 
 
 def test_the_number_of_choices_bounds_the_letters():
-    assert check_choice("Answer: J", "J", 10).is_right
+    assert check_choice("Answer: J", "J", 10).score == 1
     assert check_choice("Answer: C", "A", 2).answer is None
     with pytest.raises(ValueError, match="gold='E' must be one of A, B, C, D"):
         check_choice("Answer: E", "E")

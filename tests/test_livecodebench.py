@@ -413,7 +413,7 @@ def test_a_program_that_looks_for_the_expected_outputs_finds_none(docs, bubblewr
     assert grade(doc, search, SandboxLimits(seconds_per_test=30)).note == "test 1 of 4 (public): wrong answer"
     given = json.loads(json.dumps(tests).replace('"x', '"needle-222222'))
     doc |= {"public_tests": json.dumps(given[:1]), "private_tests": "[]"}
-    assert grade(doc, search, SandboxLimits(seconds_per_test=30)).is_right  # it finds what is there
+    assert grade(doc, search, SandboxLimits(seconds_per_test=30)).score == 1  # it finds what is there
 
 
 def test_the_time_of_a_problem_is_bounded(docs, bubblewrap):

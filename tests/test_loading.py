@@ -286,7 +286,7 @@ def test_a_record_leaves_out_what_does_not_or_is_told_elsewhere(changes):
 
 def test_places_are_in_the_record_of_a_deterministic_run_alone():
     few, many = (load("dms_aime24", deterministic=True, places=places, **AIME).record() for places in (3, 4))
-    assert (few["places"], many["places"]) == (3, 4)
+    assert (few["deterministic"], few["places"], many["places"]) == (True, 3, 4)
     assert {**few, "places": 4} == many
     assert "places" not in load("dms_aime24", **AIME).record()
 

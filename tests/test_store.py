@@ -146,18 +146,17 @@ def served(folder):
 
 
 def test_a_longer_chain_supersedes_and_one_that_ended_supersedes_all(tmp_path):
-    key = ("aime", "p", 0, "r", "h")
     with SampleStore(tmp_path, "b") as b, SampleStore(tmp_path, "a") as a:
-        assert not a.has(*key, 1)
         b.add(make_sample(num_tokens=4, finish_reason="length"))
-        assert (a.has(*key, 4), a.has(*key, 5), a.has("aime", "p", 1, "r", "h", 4)) == (True, False, False)
+        (cut,) = a.summaries()
+        assert (cut.serves(4), cut.serves(5)) == (True, False)
         a.add(make_sample(num_tokens=9, finish_reason="length"))
         assert served(tmp_path) == [("p", 0, "length", 9)]
         b.add(make_sample(num_tokens=6, finish_reason="length"))
         assert served(tmp_path) == [("p", 0, "length", 9)]
         b.add(make_sample(num_tokens=8, max_tokens=20))
         assert served(tmp_path) == [("p", 0, "eos", 8)]
-        assert a.has(*key, 10_000)
+        assert a.summaries()[0].serves(10_000)
         a.add(make_sample(num_tokens=50, finish_reason="length"))
         assert served(tmp_path) == [("p", 0, "eos", 8)]
 
@@ -188,11 +187,10 @@ def test_samples_come_sorted_with_their_own_texts_and_summaries_agree(tmp_path):
     assert len(reader.summaries()) == len(reader.to_frame()) == 8
 
 
-def test_changed_prompts_show(tmp_path):
+def test_another_prompt_of_the_same_problem_is_another_chain(tmp_path):
     with SampleStore(tmp_path, "a") as writer:
         for problem, prompt_hash, run in (("p", "h", "r"), ("p", "i", "r"), ("q", "h", "r"), ("p", "j", "other")):
             writer.add(make_sample(problem, prompt_hash=prompt_hash, run=run))
-        assert writer.prompt_hashes("aime", "r") == {"p": {"h", "i"}, "q": {"h"}}
         assert len(list(writer.samples("aime", "r"))) == 3
 
 

@@ -26,21 +26,17 @@ _BOX = re.compile(
 )
 
 
-def read_answer(
-    text: str, think_end: str | None, think_start: str = "<think>", end_texts: Sequence[str] = ()
-) -> str | None:
+def read_answer(text: str, think_end: str | None, think_start: str = "<think>") -> str | None:
     """What follows the last `think_end`, or None if the thought did not end: such a chain is wrong, whatever it holds.
 
     The last one, because a thought that quotes the token goes on after it; an answer that quotes it loses only its
     beginning. A thought opened again after it (`think_start`) and not closed did not end either. `think_end=None` is a
-    model that does not think: all is answer. Any of `end_texts` at the very end is taken off, nothing else.
+    model that does not think: all is answer.
     """
     if think_end is not None:
         _, ended, text = text.rpartition(think_end)
         if not ended or think_start in text:
             return None
-    while found := next((end for end in end_texts if end and text.endswith(end)), None):
-        text = text.removesuffix(found)
     return text
 
 

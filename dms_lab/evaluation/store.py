@@ -123,11 +123,6 @@ class SampleStore:
                 sample = from_row(summary, bulk)
             yield sample
 
-    def has(self, task: str, problem: str, chain: int, run: str, prompt_hash: str, max_tokens: int) -> bool:
-        """Whether a sample serves `max_tokens`. Looks into every shard: for many chains, ask `summaries` once."""
-        key = Key(task, problem, chain, run, prompt_hash)
-        return any(summary.serves(max_tokens) for summary, _, _ in self._winners(**key._asdict()))
-
     def verdicts(self, task: str, run: str, grader: str) -> dict[tuple[Key, int], Verdict]:
         """The newest verdict of `grader` by (key, max_tokens of the cut); see `graded`."""
         return {(key, cut): verdict for (key, cut, by), verdict in self.graded(task, run).items() if by == grader}
@@ -140,14 +135,6 @@ class SampleStore:
         found = self._newest_verdicts(task=task, run=run)
         drawn = {summary.key: summary.created for summary in self.summaries(task, run)}
         return {name: Verdict(*row[:3]) for name, row in found.items() if row[3] >= drawn.get(name[0], "")}
-
-    def prompt_hashes(self, task: str, run: str) -> dict[str, set[str]]:
-        """The hashes of the prompts that a problem's samples were drawn for; more than one where a prompt was changed."""
-        found: dict[str, set[str]] = {}
-        for _, rows in self._select("samples", "DISTINCT problem, prompt_hash", task=task, run=run):
-            for problem, prompt_hash in rows:
-                found.setdefault(problem, set()).add(prompt_hash)
-        return found
 
     def to_frame(self) -> "pd.DataFrame":
         """Every sample of the folder, a row each, without text, ids and trace, with its newest verdict by any grader.

@@ -18,8 +18,3 @@ class Verdict:
     def __post_init__(self) -> None:
         if not 0 <= self.score <= 1:
             raise ValueError(f"score={self.score} must lie in [0, 1]")
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the answer is right in full."""
-        return self.score == 1
