@@ -10,6 +10,7 @@ import yaml
 from datasets import Dataset, DatasetDict
 
 from dms_lab.evaluation import benchmarks, livecodebench, problems, ruler
+from dms_lab.evaluation.benchmarks import BENCHMARKS
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the extra `eval` is not installed")
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
@@ -122,7 +123,7 @@ def test_the_answer_of_a_document_is_right_by_its_own_grader(name):
     found = task.process_results(doc, [[right, right, "I do not know."]])
     assert found["avg"] == pytest.approx(2 / 3)
     assert found["pass_all"] == 1.0
-    assert set(found) == set(task.aggregation())
+    assert set(found) == set(task.aggregation()) - (set() if BENCHMARKS[name].votes else {"maj"})
 
 
 @pytest.mark.parametrize("name", ["dms_aime24", "dms_aime25", "dms_math500"])

@@ -29,6 +29,7 @@ def test_tasks_are_listed_with_sizes_licences_access_and_expected_scores(tmp_pat
 
 def test_benchmarks_of_a_checkpoint_by_parts_and_then_the_results(checkpoint, tmp_path):  # noqa: F811
     words = [f"checkpoint={checkpoint}", *SMALL, "tasks=dms_tiny_road,dms_tiny_ledger", "out=here", "eval.width=1,2"]
+    words.append("eval.temperature=0.8")
     text = run("evaluate", *words, "shard=1/2", cwd=tmp_path)
     assert "part 1 of 2 is in here/samples" in text
     text = run("evaluate", *words, "eval.max_tokens=40,96", cwd=tmp_path)
@@ -48,8 +49,9 @@ def test_a_model_as_it_is_runs_under_an_untrained_rule(tmp_path):
     words = ["model=tiny", "policy=tova", "budget=64", *SMALL, "tasks=dms_tiny_road", "eval.full=false", "out=here"]
     run("evaluate", *words, "eval.max_tokens=64", cwd=tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "here" / "results.jsonl").read_text().splitlines()]
-    assert (row["method"], row["target_cr"]) == ("tova", 1.0)
-    assert row["measured_cr"] > 5
+    assert row["method"] == "tova"
+    assert row["measured_cr"] == pytest.approx(row["target_cr"], rel=0.2)
+    assert row["target_cr"] > 5
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,10 @@ class LoadedTask:
 
     def record(self) -> dict[str, Any]:
         """What decides the results beside model, policy and seeds, as plain values."""
-        kept = ("thinking", "chat", "storage", "deterministic", "places")
-        values = {name: getattr(self.settings, name) for name in kept if name != "places" or self.settings.deterministic}
+        kept = ["storage", "deterministic"]
+        kept += ["chat"] if self.benchmark else []  # tasks of lm-eval's own are asked in plain text
+        kept += ["places"] if self.settings.deterministic else []
+        values = {name: getattr(self.settings, name) for name in kept}
         (leaf,) = self.leaves.values() if len(self.leaves) == 1 else (None,)
         generation = dict(leaf.get_config("generation_kwargs") or {}) if leaf is not None else {}
         generation = {key: value for key, value in generation.items() if key not in ("max_gen_toks", "until")}
@@ -151,6 +153,7 @@ def _checked_foreign(name: str, found: dict[str, Any], config: EvaluateConfig) -
     given = [f"eval.{key}" for key in _OWN_KEYS if getattr(settings, key) is not None]
     given += ["eval.width"] if settings.width != (1,) else []
     given += ["eval.seeds"] if len(settings.seeds) > 1 else []
+    given += ["eval.headline"] if settings.headline != "auto" else []
     if given:
         notices.append(f"{name} is lm-eval's own and runs as its file says: {', '.join(given)} has no effect on it")
     return LoadedTask(name, found, settings, None, {}, tuple(notices))
