@@ -61,8 +61,8 @@ def evaluate_again(cfg: DictConfig) -> None:
     unused = {"sandbox": "bubblewrap", "i_trust_the_code": False, "regrade": False}
     unused |= dict.fromkeys(("tasks", "policy", "budget", "limit", "shard", "out", "store", "model"))
     for key, default in unused.items():
-        if cfg[key] != default:
-            raise ValueError(f"{key}={cfg[key]} is for benchmarks; add eval=reasoning")
+        if cfg.get(key) != default:
+            raise ValueError(f"{key}={cfg.get(key)} is for benchmarks; add eval=reasoning")
     if cfg.threads is not None:
         import torch
 

@@ -80,7 +80,7 @@ def usage(answers: Sequence[Answered]) -> dict:
 
 
 def result_lines(label: Label, answers: Sequence[Answered]) -> list[dict]:
-    """One object a task, in the order in which tasks first come, with every field of `dms_lab.results.Result`."""
+    """One object a task, in the order in which tasks first come: `dms_lab.results.Result` of schema version 1."""
     return [_result(label, task, [a for a in answers if a.task == task]) for task in dict.fromkeys(a.task for a in answers)]
 
 
