@@ -342,6 +342,7 @@ def test_lines_are_compared_as_text_or_as_decimals(printed, expected, equal):
         ("1" * 5000, "1" * 4999 + "2", False),
         ("[" * 100_000, "[]", False),
         ("", "[]", False),
+        ("[NaN]", "[NaN]", False),
     ],
 )
 def test_results_are_compared_as_values(returned, expected, equal):
@@ -387,6 +388,23 @@ def test_the_verdict_on_a_program(docs, bubblewrap, code, note):
 def test_the_verdict_on_a_function(docs, bubblewrap, body, note):
     code = f"class Solution:\n    def pairWithSum(self, nums: List[int], target: int) -> List[int]:\n        {body}"
     assert grade(docs["9001"], fenced(code), LIMITS) == Verdict(0.0 if note else 1.0, None, note)
+
+
+@pytest.mark.parametrize(
+    ("result", "expected", "passes"),
+    [
+        ("Fraction(1, 2)", "0.5", True),
+        ("[Decimal(1), Fraction(4, 2)]", "[1, 2]", True),
+        ("Fraction(1, 3)", "0.3333333333333333", False),
+        ("complex(2, 1)", "2", False),
+    ],
+)
+def test_a_number_of_another_kind_is_as_good_as_what_it_equals(docs, bubblewrap, result, expected, passes):
+    tests = [{"input": "[]\n0", "output": expected, "testtype": "functional"}]
+    doc = docs["9001"] | {"public_tests": json.dumps(tests), "private_tests": "[]"}
+    code = "from decimal import Decimal\nfrom fractions import Fraction\nclass Solution:\n"
+    code += f"    def pairWithSum(self, nums, target):\n        return {result}"
+    assert grade(doc, fenced(code), LIMITS).score == passes
 
 
 def test_nothing_is_run_after_the_first_failure(docs, bubblewrap, monkeypatch):

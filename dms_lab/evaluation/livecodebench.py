@@ -5,7 +5,9 @@
 
 Where the official checker (LiveCodeBench, lcb_runner/evaluation/testing_util.py) and this one differ: a program runs as
 `__main__` with a real stdin and stdout, in a process of its own for each test, and not as the body of a function whose
-stdin is a mock; a function is called on a fresh `Solution` for each test, which has to be made within the time of the test.
+stdin is a mock; a function is called on a fresh `Solution` for each test, which has to be made within the time of the test;
+what the official guard takes away (`quit`, `resource`, `os.getcwd` and more) is there; memory and output have limits; a
+result of a kind of its own equals nothing, whatever its `__eq__` says.
 """
 
 import json
@@ -180,4 +182,7 @@ def same_value(returned: str, expected: str) -> bool:
 
 
 def _value(text: str) -> Any:
-    return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits))
+    # A NaN of its own each time: lists are equal where they hold the same object, and no NaN equals another.
+    return json.loads(
+        text, parse_int=lambda digits: int(digits) if len(digits) < 4000 else Decimal(digits), parse_constant=float
+    )
