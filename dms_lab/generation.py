@@ -421,14 +421,3 @@ def generate_greedy(
         if found.error:
             raise ValueError(f"prompt {found.problem}: {found.error}")
     return [results[index] for index in range(len(prompts))]
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Token rows as ids, attention mask and positions [B, T], padded on the left with id 0, mask 0 and position 0."""
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, longest - len(row) :] = torch.as_tensor(row, device=device)
-        mask[index, longest - len(row) :] = 1
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)

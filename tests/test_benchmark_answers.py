@@ -11,8 +11,8 @@ from dms_lab.accounting import Trace
 from dms_lab.chains import Generated
 from dms_lab.evaluation import lm
 from dms_lab.evaluation.loading import load_task
-from dms_lab.evaluation.problems import SETS
 from dms_lab.evaluation.reasoning import evaluate_benchmarks
+from dms_lab.evaluation.sets import SETS
 from dms_lab.evaluation.store import SampleStore
 
 DATA = Path(__file__).parent / "data"

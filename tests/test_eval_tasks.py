@@ -9,7 +9,7 @@ import pytest
 import yaml
 from datasets import Dataset, DatasetDict
 
-from dms_lab.evaluation import benchmarks, livecodebench, problems, ruler
+from dms_lab.evaluation import benchmarks, livecodebench, problems, ruler, sets
 from dms_lab.evaluation.benchmarks import BENCHMARKS
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks", reason="the extra `eval` is not installed")
@@ -222,7 +222,7 @@ def test_an_unknown_prompt_style_is_answered_with_the_known_ones(loader):
 def test_a_set_that_is_not_there_is_answered_with_the_command_that_gets_it(name, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    info = problems.SETS[name.removeprefix("dms_")]
+    info = sets.SETS[name.removeprefix("dms_")]
     with pytest.raises(ValueError, match="source=") as caught:
         load(name, source=None)
     command = f"`hf download --repo-type dataset {info.hub_id} {info.file} --revision {info.revision}`"
@@ -241,7 +241,7 @@ def test_the_hub_is_asked_for_the_pinned_revision_or_for_the_one_given(monkeypat
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     load("dms_math500", source=None, revision="the model's")
     load("dms_math500", source=None, data_revision="other")
-    pinned = problems.SETS["math500"].revision
+    pinned = sets.SETS["math500"].revision
     assert asked == [("HuggingFaceH4/MATH-500", "test.jsonl", "dataset", r) for r in (pinned, "other")]
 
 
@@ -347,13 +347,13 @@ def test_retrieval_tasks_size_their_prompts_by_the_models_tokenizer():
 
 
 def test_the_registry_says_what_is_on_the_hub():
-    assert {name: info.num_problems for name, info in problems.SETS.items() if name != "livecodebench"} == {
+    assert {name: info.num_problems for name, info in sets.SETS.items() if name != "livecodebench"} == {
         "aime24": 30, "aime25": 30, "math500": 500, "gpqa_diamond": 198
     }  # fmt: skip
-    assert [name for name, info in problems.SETS.items() if info.gated] == ["gpqa_diamond"]
-    assert all(info.page == f"https://huggingface.co/datasets/{info.hub_id}" for info in problems.SETS.values())
-    pinned = [info.revision for info in problems.SETS.values()]
-    assert problems.SETS["livecodebench"].revision == livecodebench.files.REVISION
+    assert [name for name, info in sets.SETS.items() if info.gated] == ["gpqa_diamond"]
+    assert all(info.page == f"https://huggingface.co/datasets/{info.hub_id}" for info in sets.SETS.values())
+    pinned = [info.revision for info in sets.SETS.values()]
+    assert sets.SETS["livecodebench"].revision == livecodebench.files.REVISION
     assert all(len(revision) == 40 and set(revision) <= set("0123456789abcdef") for revision in pinned)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dms_lab import accounting, pareto
@@ -19,7 +20,7 @@ from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.policy import Policy
 from dms_lab.chains import Generated
 from dms_lab.distillation import lm_loss
-from dms_lab.generation import generate_greedy, left_padded
+from dms_lab.generation import generate_greedy
 from dms_lab.results import Result
 from dms_lab.structure import output_head
 from dms_lab.tiny import corpus, tasks
@@ -138,3 +139,14 @@ def evaluate_perplexity(
         tokens_generated=0,
         seconds=time.monotonic() - started,
     )
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Token rows as ids, attention mask and positions [B, T], padded on the left with id 0, mask 0 and position 0."""
+    longest = max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.as_tensor(row, device=device)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from dms_lab import terminal
 from dms_lab.evaluation.benchmarks import BENCHMARKS, TASKS, TOLERANCE
-from dms_lab.evaluation.problems import SETS
+from dms_lab.evaluation.sets import SETS
 
 _GENERATED = {
     "ruler": "per length, generated; RULER's definition, 4k to 128k tokens",

@@ -1,78 +1,20 @@
 """Problems of the reasoning benchmarks and of the embedded tasks, as lm-eval asks for them.
 
-    hub file or source=...  ->  rows checked for their columns  ->  {"test": Dataset of id, prompt, answer, ...}
+    rows of a set (`sets`), or generated  ->  a prompt in a style  ->  {"test": Dataset of id, prompt, answer, ...}
 
 The YAML files in `tasks/` name one loader each as `custom_dataset`; lm-eval calls it with the task's metadata as keywords.
 That metadata holds the model's arguments as well, so a loader takes the options it knows and ignores the rest; for the
 same reason the revision of a data set is called `data_revision`: `revision` is the model's.
 """
 
-import csv
 import itertools
-import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+from datasets import Dataset, concatenate_datasets
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SetInfo:
-    """A benchmark on the hub: where it lies, how large it is, under which licence as far as known here.
-
-    `file` is the one file that is read, `revision` a commit; LiveCodeBench has a module of its own for its many files.
-    """
-
-    hub_id: str
-    configuration: str | None
-    split: str
-    num_problems: int
-    licence: str = "see page"
-    gated: bool = False
-    file: str | None = None
-    revision: str = "main"
-
-    @property
-    def page(self) -> str:
-        """Its page, with the terms to accept where it is gated."""
-        return f"https://huggingface.co/datasets/{self.hub_id}"
-
-
-SETS: dict[str, SetInfo] = {
-    "aime24": SetInfo(
-        "HuggingFaceH4/aime_2024",
-        None,
-        "train",
-        30,
-        file="data/train-00000-of-00001.parquet",
-        revision="2fe88a2f1091d5048c0f36abc874fb997b3dd99a",
-    ),
-    "aime25": SetInfo(
-        "math-ai/aime25", None, "test", 30, file="test.jsonl", revision="563bb8404243c5f09de6ec262f2db674fe5bce9b"
-    ),
-    "math500": SetInfo(
-        "HuggingFaceH4/MATH-500", None, "test", 500, file="test.jsonl", revision="6e4ed1a2a79af7d8630a6b768ec859cb5af4d3be"
-    ),
-    "gpqa_diamond": SetInfo(
-        "Idavidrein/gpqa",
-        "gpqa_diamond",
-        "train",
-        198,
-        licence="CC-BY-4.0",
-        gated=True,
-        file="gpqa_diamond.csv",
-        revision="633f5ee89ab8ad4522a9f850766b73f62147ffdd",
-    ),
-    # Releases are cumulative; 1055 is release_v6.
-    "livecodebench": SetInfo(
-        "livecodebench/code_generation_lite", None, "test", 1055, revision="0fe84c3912ea0c4d4a78037083943e8f0c4dd505"
-    ),
-}
+from dms_lab.evaluation.sets import Row, read_rows
 
 # `paper` asks for what the DMS paper's protocol asks for: steps and \boxed{}, `Answer: $LETTER`, a Python program.
 # `card` has the sentences that model cards prescribe for benchmarks: DeepSeek-R1 ("Usage Recommendations") and Qwen3 ("Best
@@ -214,27 +156,6 @@ def load_tiny_program(num_problems: int = 64, length: int = 512, data_seed: int 
     return _tiny("program", num_problems, length, data_seed)
 
 
-def read_rows(name: str, columns: tuple[str, ...], source: str | None = None, revision: str | None = None) -> list[Row]:
-    """The rows of a set in `SETS`, all of which have `columns`, from the hub's cache, the hub or `source`.
-
-    `source` is a jsonl, parquet or csv file, a folder that `save_to_disk` wrote, or one with the set's file in it.
-    Raises `ValueError` where it cannot be had, saying how to get it, or lacks a column, naming it.
-    """
-    info = SETS[name]
-    path = _download(info, revision or info.revision) if source is None else Path(source).expanduser()
-    rows = _read_folder(path, info) if path.is_dir() else _read_file(path)
-    if not rows:
-        raise ValueError(f"{path} has no rows, so there is nothing to evaluate {name} on")
-    for number, row in enumerate(rows):
-        missing = [column for column in columns if row.get(column) is None]
-        if missing:
-            raise ValueError(
-                f"row {number} of {path} lacks the column {missing[0]!r}; {name} needs {', '.join(columns)} and finds "
-                f"{', '.join(map(str, row))}"
-            )
-    return rows
-
-
 def as_split(rows: Iterable[Row]) -> dict[str, Dataset]:
     """What a loader returns: the rows as the split `test`. Raises `ValueError` for no rows and for an id that repeats."""
     rows, seen, parts = iter(rows), set(), []
@@ -284,71 +205,3 @@ def _style(templates: dict[str, str], prompt_style: str) -> str:
     if prompt_style not in templates:
         raise ValueError(f"prompt_style={prompt_style!r} is unknown; choose one of {', '.join(templates)}")
     return templates[prompt_style]
-
-
-def _download(info: SetInfo, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(info.hub_id, info.file, repo_type="dataset", revision=revision))
-    except Exception as error:  # the client raises its own, the system's and its HTTP library's
-        terms = f"it is gated, so accept its terms on {info.page}, run `hf auth login` and then " if info.gated else "run "
-        raise ValueError(
-            f"{info.hub_id} cannot be loaded ({type(error).__name__}): {terms}"
-            f"`hf download --repo-type dataset {info.hub_id} {info.file} --revision {revision}` where there is a network, "
-            "or give source=<a jsonl, parquet or csv file, or a folder, with the same columns>"
-        ) from error
-
-
-def _read_folder(folder: Path, info: SetInfo) -> list[Row]:
-    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json")):
-        found = load_from_disk(str(folder))
-        if isinstance(found, DatasetDict):
-            if info.split not in found:
-                raise ValueError(f"{folder} has no split {info.split}, which {info.hub_id} has, but {', '.join(found)}")
-            found = found[info.split]
-        return found.to_list()
-    files = [path for path in (folder / info.file, folder / Path(info.file).name) if path.is_file()]
-    files = files or sorted(path for path in folder.rglob("*") if path.suffix in READERS)
-    if not files:
-        raise ValueError(f"{folder} has no data file; these can be read: {', '.join(READERS)}")
-    if len(files) > 1 and files[0].name != Path(info.file).name:
-        names = ", ".join(str(path.relative_to(folder)) for path in files[:5])
-        raise ValueError(f"{folder} has {len(files)} data files ({names}); give source=<one of them>")
-    return _read_file(files[0])
-
-
-def _read_file(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise ValueError(f"source={path} is neither a file nor a folder")
-    if path.suffix not in READERS:
-        raise ValueError(f"source={path} cannot be read: its suffix is none of {', '.join(READERS)}")
-    try:
-        return READERS[path.suffix](path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"source={path} cannot be read as {path.suffix[1:]}: {error}") from error
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line is no JSON object")
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    from pyarrow import parquet
-
-    return parquet.read_table(path).to_pylist()
-
-
-def _read_csv(path: Path) -> list[Row]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-}

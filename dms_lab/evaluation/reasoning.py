@@ -9,7 +9,7 @@ and lengths that the chains allow costs no generation.
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def plan(config: EvaluateConfig) -> Plan:
         jobs = [*full, Job(config.policy, 0.0, budget=config.budget)] if config.budget else [Job("full", 1.0)]
         made = Plan(config, config.model, jobs, Path(), 0, "")
         name = f"{made.model_name}-{config.policy}" + (f"-{config.budget}" if config.budget else "")
-        return Plan(config, config.model, jobs, Path(config.out or f"runs/{name}"), 0, "")
+        return replace(made, folder=Path(config.out or f"runs/{name}"))
     place = Path(config.checkpoint)
     run = run_of(place)
     is_run = (run / "config.json").is_file()
