@@ -19,14 +19,14 @@ $(STAMP): pyproject.toml conf/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c conf/constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[eval,slurm,dev]" -c conf/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[eval,slurm,optuna,notebooks,dev]" -c conf/constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)  ## retrofit the embedded model, compare it with its rivals: a table and a figure
 	$(BIN)/python -m dms_lab.demo $(ARGS)
 
 test: $(STAMP)  ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
 
 test-all: $(STAMP)  ## run every test, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)

@@ -26,6 +26,7 @@ CHOICES = {
     "kl_direction": ("forward", "reverse"),
     "attention": ("auto", "reference", "chunked", "flex"),
     "tracking": ("none", "wandb"),
+    "strategy": ("auto", "ddp", "fsdp"),
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),
     "model.dtype": ("float32", "bfloat16", "float16"),
 }
@@ -125,10 +126,15 @@ class TrainConfig:
     resume: bool = True
     threads: int | None = None
     log_every: int = 10
+    sweep: str | None = None
+    devices: int = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
 
 
 # These change where a run goes or how it is watched, not what comes out of it.
-_NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval"}
+_NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval", "sweep"}
+_NOT_HASHED |= {"devices", "num_nodes", "strategy"}
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
 
@@ -272,6 +278,7 @@ def _check_choices(config: TrainConfig) -> None:
 def _check_ranges(config: TrainConfig) -> None:
     for name in (
         *("window", "steps", "batch_size", "accumulate", "context", "log_every", "threads", "data.limit", "lora_rank"),
+        *("devices", "num_nodes"),
         *("eval.num_problems", "eval.length", "eval.batch_size", "eval.workers"),
     ):
         value = _at(config, name)
