@@ -1,0 +1,304 @@
+"""A real Slurm of two nodes on the loopback device, for as long as a `with` block lasts.
+
+    munged -> mariadbd -> slurmdbd -> slurmctld -> slurmd n1, slurmd n2
+
+Everything lies in a temporary folder and listens on free ports or on sockets in there, so another Slurm, munge or database
+of the machine is neither used nor disturbed. The daemons run in the foreground as children, and end with this process.
+Needs root and what install.sh installs. By hand: ``python tests/slurm/cluster.py`` prints how to talk to it, and waits.
+"""
+
+import os
+import pwd
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+
+PROGRAMS = (
+    "munged mariadbd mariadb-install-db slurmdbd slurmctld slurmd sbatch srun sacct sacctmgr scontrol setpriv".split()
+)
+NODES = ("n1", "n2")
+TERMINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+_HERE = Path(__file__).parent
+
+
+def why_not() -> str | None:
+    """Why no cluster can be started here, in a sentence; None if one can."""
+    if os.geteuid() != 0:
+        return "a Slurm cluster is started as root only: its node daemons start jobs in any user's name"
+    missing = [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
+    if missing:
+        return f"{', '.join(missing)} not found: `tests/slurm/install.sh` installs slurm-wlm, slurmdbd, munge and mariadb-server"
+    try:
+        pwd.getpwnam("munge")
+    except KeyError:
+        return "there is no user `munge`, whom the package munge adds"
+    return None
+
+
+def _search_path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
+
+
+def wait_until(what: str, is_true: Callable[[], object], seconds: float = 60.0, every: float = 0.1) -> None:
+    """`is_true()` holds, or `TimeoutError` says which thing did not become true in that time."""
+    end = time.monotonic() + seconds
+    while not is_true():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
+        time.sleep(every)
+
+
+@dataclass
+class Cluster:
+    """The running cluster: its clients by `run`, its daemons by name ("slurmctld", "n1", ...)."""
+
+    folder: Path
+    environment: dict[str, str]
+    daemons: dict[str, subprocess.Popen] = field(default_factory=dict)
+
+    @property
+    def conf(self) -> Path:
+        """What SLURM_CONF names."""
+        return self.folder / "slurm.conf"
+
+    def run(self, *command: str, check: bool = True, **options: object) -> str:
+        """What a Slurm command prints; `RuntimeError` with its words if it fails and `check` holds."""
+        done = subprocess.run(command, env=self.environment, text=True, capture_output=True, timeout=60, **options)
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
+
+    # -- daemons -------------------------------------------------------------------------------------------------------
+    def start(self, name: str, *command: str, user: str | None = None, **variables: str) -> None:
+        """A daemon runs as a child that is killed when this process ends; what it says is in `<folder>/log/<name>.log`."""
+        identity = [f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+        with (self.folder / "log" / f"{name}.log").open("ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                ["setpriv", *identity, "--pdeathsig", "KILL", *command],
+                env=self.environment | variables,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+
+    def stop(self, name: str, number: int = signal.SIGTERM, seconds: float = 10.0) -> None:
+        """The daemon has ended; killed if it took longer than `seconds`."""
+        daemon = self.daemons.pop(name)
+        with suppress(ProcessLookupError):
+            daemon.send_signal(number)
+        try:
+            daemon.wait(seconds)
+        except subprocess.TimeoutExpired:
+            daemon.kill()
+            daemon.wait()
+
+    def wait_for(self, name: str, what: str, is_true: Callable[[], object], seconds: float = 60.0) -> None:
+        """As `wait_until`; if the daemon `name` ends or time runs out, a `RuntimeError` with the end of its log."""
+        log = self.folder / "log" / f"{name}.log"
+        try:
+            wait_until(what, lambda: is_true() or self.daemons[name].poll() is not None, seconds)
+        except TimeoutError as error:
+            raise RuntimeError(f"{error}\n{_tail(log)}") from None
+        if self.daemons[name].poll() is not None:
+            raise RuntimeError(f"{name} ended before this was true: {what}\n{_tail(log)}")
+
+    def start_controller(self) -> None:
+        """slurmctld answers, with the jobs that it had before."""
+        self.start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
+        self.wait_for("slurmctld", "the controller answers", lambda: "UP" in self.run("scontrol", "ping", check=False))
+
+    def start_node(self, name: str) -> None:
+        """The node daemon runs; it takes jobs once `is_up`."""
+        self.start(name, "slurmd", "-D", "-f", str(self.conf), "-N", name)
+
+    def is_up(self, node: str) -> bool:
+        """Whether the controller would give the node a job."""
+        return self.run("sinfo", "-h", "-n", node, "-o", "%T", check=False).split()[:1] in (
+            ["idle"],
+            ["mixed"],
+            ["allocated"],
+        )
+
+    # -- jobs ----------------------------------------------------------------------------------------------------------
+    def accounting(self, *fields: str, jobs: Sequence[str] = ()) -> list[dict[str, str]]:
+        """What sacct knows, a row a job (no steps): JobID, State and `fields`."""
+        names = ("JobID", "State", *fields)
+        chosen = ["-j", ",".join(jobs)] if jobs else ["-S", "00:00:00"]
+        text = self.run("sacct", "-n", "-P", "-X", "-o", ",".join(names), *chosen)
+        return [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
+
+    def state(self, job: str) -> str:
+        """The state that accounting has for a job, one word, "" if it knows none: COMPLETED, FAILED, ..."""
+        rows = [row for row in self.accounting(jobs=[job]) if row["JobID"] == job]
+        return rows[-1]["State"].split()[0] if rows else ""
+
+    def restarts(self, job: str) -> int:
+        """How often a job was requeued."""
+        words = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
+        return int(words["Restarts"])
+
+    def wait_for_jobs(self, jobs: Sequence[str], seconds: float = 120.0) -> dict[str, str]:
+        """Every job has ended: its state by its id."""
+        jobs = list(jobs)
+        wait_until(
+            f"jobs {', '.join(jobs)} end (last seen: {[self.state(job) for job in jobs]})",
+            lambda: all(self.state(job) in TERMINAL for job in jobs),
+            seconds,
+            every=0.5,
+        )
+        return {job: self.state(job) for job in jobs}
+
+    def clear(self) -> None:
+        """No job waits or runs."""
+        self.run("scancel", "--quiet", "--user=root", check=False)
+        wait_until("all jobs are cancelled", lambda: not self.run("squeue", "-h").strip(), 60)
+        for node in NODES:
+            self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+
+
+def processes(conf: Path, job: str | None = None) -> list[int]:
+    """Processes that jobs of the cluster of `conf` started, or one job alone (the id that sacct shows, `_` and all)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            values = dict(
+                entry.split("=", 1) for entry in path.read_bytes().decode(errors="replace").split("\0") if "=" in entry
+            )
+        except OSError:  # it has ended
+            continue
+        if values.get("SLURM_CONF") != str(conf) or "SLURM_JOB_ID" not in values:
+            continue
+        array = (values.get("SLURM_ARRAY_JOB_ID"), values.get("SLURM_ARRAY_TASK_ID"))
+        if job is None or job in (values["SLURM_JOB_ID"], "_".join(str(part) for part in array)):
+            found.append(int(path.parent.name))
+    return found
+
+
+def _step_managers(conf: Path) -> list[int]:
+    """The `slurmstepd` processes of the cluster, which outlive the node daemon that started them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/exe"):
+        with suppress(OSError):
+            if path.resolve().name.startswith("slurmstepd") and (path.parent / "cwd").resolve() == conf.parent.resolve():
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
+    """The signal is sent to those that still run."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Inside, two idle nodes with accounting; afterwards nothing of them is left. `RuntimeError` with a log if it fails."""
+    if reason := why_not():
+        raise RuntimeError(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder.chmod(0o755)  # the user munge and the clients go in and out
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MYSQL_"))}
+    found = Cluster(folder, kept | {"PATH": _search_path(), "SLURM_CONF": str(folder / "slurm.conf")})
+    try:
+        _configure(found)
+        _start(found)
+        yield found
+    finally:
+        _tear_down(found)
+
+
+def _configure(found: Cluster) -> None:
+    folder = found.folder
+    for name in ("log", "state", "munge", "database"):
+        (folder / name).mkdir()
+    controller, database, *nodes = _free_ports(2 + len(NODES))
+    values = {
+        "folder": folder,
+        "host": socket.gethostname().split(".")[0],
+        "munge_socket": folder / "munge" / "socket",
+        "controller_port": controller,
+        "database_port": database,
+        "node_ports": ",".join(str(port) for port in nodes),
+    }
+    for name in ("slurm.conf", "slurmdbd.conf"):
+        (folder / name).write_text(Template((_HERE / name).read_text()).substitute(values))
+    (folder / "slurmdbd.conf").chmod(0o600)
+    key = folder / "munge" / "key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    for path in (folder / "munge", key):
+        shutil.chown(path, "munge", "munge")
+
+
+def _free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on, below those that the kernel gives to connections, so a restarted daemon finds its own."""
+    found: set[int] = set()
+    while len(found) < number:
+        port = random.randrange(12000, 30000)
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            found.add(port)
+    return sorted(found)
+
+
+def _start(found: Cluster) -> None:
+    munge, database = found.folder / "munge", found.folder / "database"
+    files = [f"--{name}-file={munge / name}" for name in ("key", "log", "pid", "seed")]
+    found.start("munged", "munged", "--foreground", f"--socket={munge / 'socket'}", *files, user="munge")
+    found.wait_for("munged", "munge answers", (munge / "socket").is_socket, 20)
+
+    place = ["--no-defaults", f"--datadir={database / 'data'}", "--user=root"]
+    with (found.folder / "log" / "install.log").open("wb") as log:
+        install = ["mariadb-install-db", *place, "--auth-root-authentication-method=normal", "--skip-test-db"]
+        subprocess.run(install, check=True, env=found.environment, stdout=log, stderr=log, timeout=120)
+    database.chmod(0o700)  # its root needs no password, so nobody else may come near the socket
+    options = ["--skip-networking", "--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
+    files = [f"--{name}={database / name}" for name in ("socket", "pid-file")]
+    found.start("mariadbd", "mariadbd", *place, *options, *files)
+    found.wait_for("mariadbd", "the database answers", (database / "socket").is_socket)
+
+    found.start("slurmdbd", "slurmdbd", "-D", MYSQL_UNIX_PORT=str(database / "socket"))
+    add = ("sacctmgr", "-i", "add", "cluster", "dmslab")
+    found.wait_for("slurmdbd", "accounting knows the cluster", lambda: "dmslab" in found.run(*add, check=False))
+
+    found.start_controller()
+    for node in NODES:
+        found.start_node(node)
+    for node in NODES:
+        found.wait_for(node, f"node {node} is up", lambda node=node: found.is_up(node))
+    known = ("sacctmgr", "-n", "-P", "list", "cluster", "format=Cluster,ControlPort")
+    found.wait_for("slurmctld", "accounting hears of jobs", lambda: int(found.run(*known).strip().split("|")[1]))
+
+
+def _tear_down(found: Cluster) -> None:
+    """Jobs first, then the daemons in reverse, then the folder."""
+    kill(_step_managers(found.conf) + processes(found.conf))
+    for name in reversed(list(found.daemons)):
+        found.stop(name, signal.SIGKILL if name == "mariadbd" else signal.SIGTERM, 5)
+    kill(_step_managers(found.conf) + processes(found.conf))
+    shutil.rmtree(found.folder, ignore_errors=True)
+
+
+def _tail(path: Path, number: int = 20) -> str:
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return "\n".join([f"-- the end of {path.name}", *lines[-number:]])
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with cluster() as running:
+        print(f"export SLURM_CONF={running.conf}   # two nodes, partitions main and high; ends with Ctrl-C", flush=True)
+        with suppress(KeyboardInterrupt):
+            signal.pause()
