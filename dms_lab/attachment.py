@@ -13,6 +13,7 @@ original: with eviction off the original function gets its original arguments, a
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,6 +118,14 @@ class Retrofit:
             yield
         finally:
             self.enabled = before
+
+    def set_offset(self, offset: float) -> None:
+        """Makes `offset` what every predictor subtracts: a larger one evicts less. Earlier caches refuse to go on."""
+        if not self.predictors:
+            raise ValueError("this model has no predictor whose offset could be set; attach a learned policy first")
+        self.config = replace(self.config, offset=offset)
+        for predictor in self.predictors.values():
+            predictor.offset = offset
 
     def policy(self) -> DmsPolicy | StreamingLLMPolicy:
         """The policy that the model was trained with, with hard decisions, for a cache."""

@@ -55,6 +55,7 @@ def main(cfg: DictConfig) -> None:
 def evaluate_again(cfg: DictConfig) -> None:
     """The evaluation that a run ends with, once more."""
     from dms_lab.evaluation.report import evaluate_run, load_config, run_of
+    from dms_lab.evaluation_config import ratios
 
     if cfg.checkpoint is None:
         raise ValueError("give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning for benchmarks")
@@ -72,6 +73,13 @@ def evaluate_again(cfg: DictConfig) -> None:
     config = load_config(folder)
     if cfg.num_problems is not None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems))
+    if cfg.cr is not None:
+        from dms_lab.evaluation.dialled import evaluate_dialled
+
+        evaluate_dialled(config, folder, place, ratios(OmegaConf.to_container(cfg)["cr"]), cfg.calibrate)
+        return
+    if cfg.calibrate is not None:
+        raise ValueError(f"calibrate={cfg.calibrate} is the text that cr= is reached on; add cr=<ratio>")
     evaluate_run(config, folder, checkpoint=place)
 
 

@@ -82,9 +82,13 @@ class EvaluateConfig:
     i_trust_the_code: bool
     regrade: bool
     threads: int | None
+    cr: tuple[float, ...] = ()
+    calibrate: str | None = None
 
 
 _TOP = (
+    "cr",
+    "calibrate",
     "checkpoint",
     "policy",
     "budget",
@@ -98,7 +102,7 @@ _TOP = (
     "regrade",
     "threads",
 )
-LISTS = ("tasks", *(f"eval.{name}" for name in ("tasks", "width", "max_tokens", "seeds", "sources", "lengths")))
+LISTS = ("tasks", "cr", *(f"eval.{name}" for name in ("tasks", "width", "max_tokens", "seeds", "sources", "lengths")))
 
 
 def evaluate_keys() -> tuple[str, ...]:
@@ -121,6 +125,15 @@ def with_lists(words: list[str]) -> list[str]:
     return found
 
 
+def ratios(value: Any) -> tuple[float, ...]:
+    """The compression ratios to dial a checkpoint to, from one or a list of them; `ValueError` for another thing."""
+    members = value if isinstance(value, list | tuple) else [value]
+    for member in members:
+        if isinstance(member, bool) or not isinstance(member, int | float) or not member >= 1:
+            raise ValueError(f"cr={member!r} is not a compression ratio; it is full / kept, so use 1 or more, e.g. cr=3,6")
+    return tuple(map(float, members))
+
+
 def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
     """A complete configuration of a benchmark run from a composed one; `ValueError` for the first thing that is wrong."""
     values = {key: value for key, value in cfg.items() if key not in ("data", "num_problems")}
@@ -134,6 +147,12 @@ def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
     if (tasks := values.pop("tasks", None)) is not None:
         group["tasks"] = tasks if isinstance(tasks, list) else [tasks]
     reasoning = build(ReasoningConfig, group, "eval.")
+    if (asked := values.pop("cr", None)) is not None:
+        values["cr"] = ratios(asked)
+        if values.get("checkpoint") is None:
+            raise ValueError("cr= moves the threshold of a trained checkpoint; give checkpoint=<a run, or one in it>")
+    elif values.get("calibrate") is not None:
+        raise ValueError(f"calibrate={values['calibrate']} is the text that cr= is reached on; add cr=<ratio>")
     values |= {"eval": reasoning, "model": base_config(values.get("model")), "shard": _shard(values.get("shard"))}
     config = build(EvaluateConfig, values, "")
     check_subject(config.model, config.checkpoint, config.policy, config.budget)

@@ -22,6 +22,7 @@ LAYERS = [
         "lora",
         "attention_function",
         "attachment",
+        "calibration",
         "checkpoint",
         "tiny",
         "chains",

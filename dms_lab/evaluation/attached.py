@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dms_lab import models
 from dms_lab.attachment import Retrofit, retrofit
 from dms_lab.cache.policy import Policy
-from dms_lab.checkpoint import file_hashes, fingerprint, load_checkpoint
+from dms_lab.checkpoint import file_hashes, fingerprint, load_checkpoint, read_metadata
 from dms_lab.config import ModelConfig
 from dms_lab.evaluation.report import base_of
 from dms_lab.generation_config import check_subject
@@ -86,4 +86,6 @@ def identity_of(
     """
     files = {} if checkpoint is None else file_hashes(checkpoint)
     weights = {"weights": fingerprint(handle.model), "dtype": str(handle.model.dtype)}
-    return weights | {"policy": policy, "budget": budget} | files
+    is_dialled = checkpoint is not None and handle.config.offset != read_metadata(checkpoint).policy["offset"]
+    offset = {"offset": handle.config.offset} if is_dialled else {}
+    return weights | {"policy": policy, "budget": budget} | files | offset

@@ -16,11 +16,11 @@ from typing import Any
 import lm_eval
 
 from dms_lab import models, plots, results, terminal
-from dms_lab.checkpoint import METADATA
 from dms_lab.config import ModelConfig, config_hash
 from dms_lab.evaluation import points
 from dms_lab.evaluation.attached import Attached, identity_of
 from dms_lab.evaluation.benchmarks import BENCHMARKS, TOLERANCE, Graders, check_graders
+from dms_lab.evaluation.dialled import dialled_jobs
 from dms_lab.evaluation.hard import Label
 from dms_lab.evaluation.lm import DmsLM, UnansweredError
 from dms_lab.evaluation.loading import LoadedTask, load_task
@@ -82,9 +82,10 @@ def plan(config: EvaluateConfig) -> Plan:
     is_run = (run / "config.json").is_file()
     trained = load_config(run) if is_run else None
     checkpoints = checkpoints_of(place, method_name(trained) if is_run else "dms")
+    model = config.model or base_of(next(iter(checkpoints.values())))
     jobs = full + [Job(method, cr, checkpoint=folder) for (method, cr), folder in sorted(checkpoints.items())]
-    a_checkpoint = place if (place / METADATA).is_file() else next(iter(checkpoints.values()))
-    model = config.model or base_of(a_checkpoint)
+    if config.cr:
+        jobs = full + dialled_jobs(place, config.cr, trained, config.calibrate, models.load_tokenizer(model))
     hashed = (trained.seed, config_hash(trained)) if is_run else (0, "")
     return Plan(config, model, jobs, Path(config.out) if config.out else run, *hashed)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from dms_lab import models, plots, results, terminal
@@ -52,10 +53,18 @@ def evaluate_run(
 
     `checkpoint` names one member, to evaluate that alone.
     """
-    name = method_name(config)
-    subject = Subject(
+    subject = subject_of(config, folder, checkpoints_of(checkpoint or folder, method_name(config)) | (others or {}))
+    if config.eval.rivals and not subject.knows_tasks:
+        _log.info("no untrained rivals: they run on the generated tasks, and this run's evaluation is held-out text")
+    rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
+    record(evaluate(subject, rivals_at), folder)
+
+
+def subject_of(config: TrainConfig, folder: Path, checkpoints: dict[tuple[str, float], Path]) -> Subject:
+    """What a run's own evaluation is of: the run in `folder`, these checkpoints, the tasks and the text of its data."""
+    return Subject(
         model=config.model,
-        checkpoints=checkpoints_of(checkpoint or folder, name) | (others or {}),
+        checkpoints=checkpoints,
         run_id=folder.name,
         seed=config.seed,
         config_hash=config_hash(config),
@@ -63,14 +72,15 @@ def evaluate_run(
         held_out=held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens),
         knows_tasks=config.data.kind == "tiny",
     )
-    if config.eval.rivals and not subject.knows_tasks:
-        _log.info("no untrained rivals: they run on the generated tasks, and this run's evaluation is held-out text")
-    rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
+
+
+def record(parts: Iterable[list[results.Result]], folder: Path) -> None:
+    """Appends each part to `results.jsonl` as it is measured; ends with the table, and figures if there are accuracies."""
     console = terminal.console()
     path = folder / results.RESULTS
     found: list[results.Result] = []
     with console.status("evaluating") as status:
-        for part in evaluate(subject, rivals_at):
+        for part in parts:
             results.append(path, part)
             found += part
             status.update(f"evaluated {part[0].method} at CR {part[0].target_cr:g}")

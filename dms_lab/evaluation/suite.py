@@ -5,7 +5,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from dms_lab import models
 from dms_lab.attachment import Retrofit, retrofit
 from dms_lab.cache.policy import Policy
+from dms_lab.calibration import dial
 from dms_lab.checkpoint import load_checkpoint, read_metadata
 from dms_lab.config import EvalConfig, ModelConfig
 from dms_lab.evaluation import hard
@@ -42,12 +43,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Job:
-    """One point of the comparison: a trained checkpoint, or an untrained rule at a budget, or (neither) full attention."""
+    """One point of the comparison: a trained checkpoint, or an untrained rule at a budget, or (neither) full attention.
+
+    With `calibration` documents (rows of token ids) the checkpoint is dialled until they are compressed `target_cr` times.
+    """
 
     method: str
     target_cr: float
     checkpoint: Path | None = None
     budget: int | None = None
+    calibration: tuple[tuple[int, ...], ...] = ()
 
 
 def evaluate(subject: Subject, rivals_at: tuple[float, ...]) -> Iterator[list[Result]]:
@@ -58,18 +63,18 @@ def evaluate(subject: Subject, rivals_at: tuple[float, ...]) -> Iterator[list[Re
     checkpoints = sorted(subject.checkpoints.items(), key=lambda item: (item[0][0] != "dms", item[0]))
     trained = [Job("full", 1.0), *(Job(method, cr, checkpoint=folder) for (method, cr), folder in checkpoints)]
     budgets: dict[float, int] = {}
-    for job, (found, live) in _measured(subject, trained):
+    for job, (found, live) in measured(subject, trained):
         if job.method == "dms" and subject.knows_tasks:
             budgets[job.target_cr] = max(8, round(live))
         if found:
             yield found
     rivals = [Job(name, cr, budget=budgets[cr]) for cr in rivals_at if cr in budgets for name in subject.settings.rivals]
-    for _, (found, _) in _measured(subject, rivals):
+    for _, (found, _) in measured(subject, rivals):
         yield found
 
 
-def _measured(subject: Subject, jobs: list[Job]) -> Iterator[tuple[Job, tuple[list[Result], float]]]:
-    """Each job with what it measured, in order; in processes of one thread each where there are several workers."""
+def measured(subject: Subject, jobs: list[Job]) -> Iterator[tuple[Job, tuple[list[Result], float]]]:
+    """Each job with what `measure` found, in order; in processes of one thread each where there are several workers."""
     if subject.settings.workers == 1 or models.default_device() == "cuda":
         yield from ((job, measure(subject, job)) for job in jobs)
         return
@@ -97,6 +102,10 @@ def measure(subject: Subject, job: Job) -> tuple[list[Result], float]:
         if subject.held_out:
             text = (handle, make_policy, subject.held_out, label, "held_out_text", settings.batch_size)
             found.append(hard.evaluate_perplexity(*text))
+        if job.calibration:
+            moved = handle.config.offset - read_metadata(job.checkpoint).policy["offset"]
+            dialled = {"dialled_from": str(job.checkpoint), "threshold": moved}
+            found = [replace(result, settings=result.settings | dialled) for result in found]
     return found, live
 
 
@@ -114,6 +123,8 @@ def loaded(model: ModelConfig, job: Job) -> Iterator[Retrofit]:
             _base.cache_clear()  # its weights are replaced, and two copies may not fit
         handle = load_checkpoint(job.checkpoint, _base(model, device))
     try:
+        if job.calibration:
+            dial(handle, job.calibration, job.target_cr)
         yield handle
     finally:
         handle.detach()
