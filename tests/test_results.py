@@ -132,12 +132,12 @@ def test_a_row_of_version_1_is_not_taken_for_a_new_one_that_says_more(tmp_path):
     path = tmp_path / results.RESULTS
     results.append_new(path, [POINT])
     (line,) = written(path)
-    old = {key: value for key, value in line.items() if key not in SINCE_2} | {"schema_version": 1}
+    old = {key: value for key, value in line.items() if key not in SINCE_2 | SINCE_3} | {"schema_version": 1}
     path.write_text(json.dumps(old) + "\n")
     results.append_new(path, [POINT])
     assert len(written(path)) == 1
     results.append_new(path, [dataclasses.replace(POINT, settings={"storage": "fp8"})])
-    assert [row["schema_version"] for row in written(path)] == [1, 2]
+    assert [row["schema_version"] for row in written(path)] == [1, 3]
 
 
 def test_a_bad_line_stops_new_rows_before_anything_is_written(tmp_path):
@@ -225,6 +225,7 @@ SINCE_2 = {
     "sampling_seeds": [],
     "settings": {},
 }
+SINCE_3 = {"problem_scores": [], "variant": ""}
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in DEMO.glob("results_*.jsonl")))
@@ -234,9 +235,9 @@ def test_a_record_of_version_1_loads_with_what_it_lacks_filled_in(file):
     assert len(rows) == len(lines) == 64
     assert {row["schema_version"] for row in rows} == {1}
     for row, line in zip(rows, lines, strict=True):
-        assert {name: row[name] for name in SINCE_2} == SINCE_2
+        assert {name: row[name] for name in SINCE_2 | SINCE_3} == SINCE_2 | SINCE_3
         assert (row["method"], row["task"], row["target_cr"]) == (line["method"], line["task"], line["target_cr"])
-        assert set(row) == set(line) | set(SINCE_2) == {f.name for f in dataclasses.fields(results.Result)}
+        assert set(row) == set(line) | set(SINCE_2) | set(SINCE_3) == {f.name for f in dataclasses.fields(results.Result)}
 
 
 def test_what_version_1_has_is_not_replaced_and_what_it_should_have_is_missed(tmp_path):
@@ -250,17 +251,21 @@ def test_what_version_1_has_is_not_replaced_and_what_it_should_have_is_missed(tm
         results.load(path)
 
 
-def test_a_line_of_version_2_needs_all_keys_and_versions_to_come_are_refused(tmp_path):
+def test_a_line_needs_all_keys_of_its_version_and_versions_to_come_are_refused(tmp_path):
     path = tmp_path / results.RESULTS
     results.append_result(path, POINT)
     line = json.loads(path.read_text())
-    assert line["schema_version"] == 2
-    path.write_text(json.dumps({key: value for key, value in line.items() if key != "width"}) + "\n")
-    with pytest.raises(ValueError, match=r"results.jsonl:1 lacks width"):
-        results.load(path)
-    for version in (0, 3, "2", None):
+    assert line["schema_version"] == 3
+    of_2 = {key: value for key, value in line.items() if key not in SINCE_3} | {"schema_version": 2}
+    path.write_text(json.dumps(of_2) + "\n")
+    assert results.load(path)[list(SINCE_3)].to_dict("records") == [SINCE_3]
+    for row, lost in ((of_2, "width"), (line, "width"), (line, "variant"), (of_2, "kv_reads")):
+        path.write_text(json.dumps({key: value for key, value in row.items() if key != lost}) + "\n")
+        with pytest.raises(ValueError, match=f"results.jsonl:1 lacks {lost};"):
+            results.load(path)
+    for version in (0, 4, "2", None, True, 2.0):
         path.write_text(json.dumps(line | {"schema_version": version}) + "\n")
-        with pytest.raises(ValueError, match=f"results.jsonl:1 has schema version {version!r}; .* reads 1 to 2"):
+        with pytest.raises(ValueError, match=f"results.jsonl:1 has schema version {version!r}; .* reads 1 to 3"):
             results.load(path)
 
 

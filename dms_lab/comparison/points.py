@@ -1,0 +1,238 @@
+"""Rows of results to points: one budget of one method, its mean over tasks and seeds, and how sure that is.
+
+A point's accuracy and costs are the mean over tasks (equal weight, whatever their sizes) of the mean over seeds. Points are
+comparable where their means are over the same tasks: `tasks` says which, and curves are made of points that agree in it.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dms_lab import pareto
+from dms_lab.pareto import Cell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BUDGETS = ("kv_reads", "peak_tokens", "kv_bytes_peak")
+Row = dict[str, Any]
+
+
+def label(method: str, variant: str = "") -> str:
+    """What a curve is called: the method, and behind it the variant where there is one."""
+    return f"{method} {variant}".strip()
+
+
+@dataclass(frozen=True)
+class MeasuredPoint:
+    """The rows of one budget of one method: what was asked of it, and means and intervals of what came out.
+
+    `dial` is what its budget was set by: the compression ratio, or the live tokens of a rule with a budget. `answered` rows
+    have an accuracy, `texts` a perplexity.
+    """
+
+    model: str
+    method: str
+    variant: str
+    dial: tuple[str, float]
+    width: int
+    max_tokens: int | None
+    answered: tuple[Row, ...]
+    texts: tuple[Row, ...]
+
+    @property
+    def tasks(self) -> str:
+        """The tasks that its accuracy is the mean of, in order of their names; "" without any."""
+        return ", ".join(sorted({row["task"] for row in self.answered}))
+
+    @property
+    def curve(self) -> tuple[str, str, str, str]:
+        """Which curve it is a point of."""
+        return self.model, self.method, self.variant, self.tasks
+
+    @property
+    def target_cr(self) -> float:
+        """The compression that was asked for; of a rule with a budget the mean over tasks."""
+        kind, value = self.dial
+        return value if kind == "cr" else _mean(self.answered or self.texts, "target_cr")
+
+    def mean(self, name: str) -> float:
+        """The mean of a column over tasks of the mean over seeds; NaN if any row lacks it."""
+        return _mean(self.answered, name)
+
+    @cached_property
+    def accuracy(self) -> float:
+        """The mean accuracy; NaN where only texts were measured."""
+        return self.mean("accuracy")
+
+    def cells(self, budget: str) -> list[Cell] | None:
+        """What resampling needs; None if a row does not say what each problem scored."""
+        if not self.answered or any(not len(row["problem_scores"]) for row in self.answered):
+            return None
+        return [
+            Cell(row["task"], row["seed"], problem_set(row), tuple(row["problem_scores"]), _number(row[budget]))
+            for row in self.answered
+        ]
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy: of other problems, and of other seeds where scores of single problems are known.
+
+        Seeds are drawn again, and the problems of each task (within each seed where each drew its own). A task whose
+        scores are all 0 or all 1 would be drawn as just that, so the interval is not narrower there than that of
+        independent shares (`pareto.mean_interval`), which also stands where single scores are not known: it says nothing
+        of seeds.
+        """
+        cells = self.cells("kv_reads")
+        if cells is None:
+            return self._of_shares()
+        low, high = pareto.interval_of(pareto.resample([[cells]], lambda _, accuracy: accuracy[0]))
+        if any(len(scores) == 1 for scores in _scores_by_task(cells)):
+            shares = self._of_shares()
+            low, high = np.nanmin([low, shares[0]]), np.nanmax([high, shares[1]])
+        return float(min(low, self.accuracy)), float(max(high, self.accuracy))
+
+    def _of_shares(self) -> tuple[float, float]:
+        """Of the rows' own intervals; seeds that had the same problems are no independent evidence."""
+        by_task = _grouped(self.answered, lambda row: row["task"])
+        tasks = [_share_of_rows(rows) for rows in by_task.values()]
+        if not tasks or any(math.isnan(end) for task in tasks for end in task):
+            return math.nan, math.nan
+        return pareto.mean_interval(*zip(*tasks, strict=True))
+
+    def row(self) -> Row:
+        """Its row in `curve_points`, but for the frontier."""
+        low, high = self.interval()
+        counted = {(row["task"], problem_set(row)): row["num_problems"] for row in self.answered}
+        kind, value = self.dial
+        rows = self.answered or self.texts
+        return {
+            "model": self.model,
+            "method": self.method,
+            "variant": self.variant,
+            "tasks": self.tasks,
+            "target_cr": self.target_cr,
+            "budget_tokens": value if kind == "budget" else None,
+            "width": self.width,
+            "max_tokens": self.max_tokens,
+            "accuracy": self.accuracy,
+            "accuracy_low": low,
+            "accuracy_high": high,
+            "perplexity": _mean(self.texts, "perplexity"),
+            "measured_cr": _mean(rows, "measured_cr"),
+            **{name: self.mean(name) for name in BUDGETS},
+            "num_seeds": len({row["seed"] for row in rows}),
+            "num_problems": sum(counted.values()),
+        }
+
+
+def curve_points(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """One row per (model, method, variant, tasks, target CR, width, max_tokens): means, intervals, who is on a frontier.
+
+    A rule with a budget of live tokens has `budget_tokens`, and its target CR is the mean over tasks. `max_tokens` is None
+    for the tasks of a run's own evaluation. Rows of one seed that differ in nothing else count as one. `perplexity` is the
+    mean of the text rows, NaN without; a point that has nothing else has no tasks. `is_frontier_*`: no other point of its
+    curve (of any CR) is as accurate for no more. Intervals: `MeasuredPoint.interval`.
+    """
+    import pandas as pd
+
+    points = measured_points(frame)
+    table = pd.DataFrame([point.row() for point in points])
+    for name in ("max_tokens", "budget_tokens"):
+        table[name] = table[name].astype(object).where(table[name].notna(), None)
+    for budget in BUDGETS[:2]:
+        on = {id(point) for curve in curves_of(points, budget).values() for point in on_frontier(curve, budget)}
+        table[f"is_frontier_{budget}"] = [id(point) in on for point in points]
+    return table
+
+
+def measured_points(frame: "pd.DataFrame") -> list[MeasuredPoint]:
+    """The points of a frame of results, in an order that does not depend on that of its rows.
+
+    Raises `ValueError` for a frame without rows.
+    """
+    if not len(frame):
+        raise ValueError("there are no results to compare; load some first")
+    groups = _grouped(frame.to_dict("records"), _key)
+    found = []
+    for key, rows in sorted(groups.items(), key=lambda item: _sortable(item[0])):
+        answered = sorted((row for row in rows if not is_missing(row["accuracy"])), key=_row_order)
+        texts = sorted((row for row in rows if not is_missing(row["perplexity"])), key=_row_order)
+        if answered or texts:
+            found.append(MeasuredPoint(*key, tuple(answered), tuple(texts)))
+    return found
+
+
+def curves_of(points: Iterable[MeasuredPoint], budget: str, by_dial: bool = False) -> dict[tuple, list[MeasuredPoint]]:
+    """Points by curve, of those with an accuracy and this budget; with `by_dial` each setting is a curve of its own."""
+    usable = (point for point in points if point.tasks and point.mean(budget) > 0)
+    return _grouped(usable, lambda point: (*point.curve, point.dial) if by_dial else point.curve)
+
+
+def on_frontier(points: list[MeasuredPoint], budget: str) -> list[MeasuredPoint]:
+    """The points that no other of them beats, by rising budget."""
+    kept = pareto.frontier([point.mean(budget) for point in points], [point.accuracy for point in points])
+    return [points[index] for index in kept]
+
+
+def problem_set(row: Row) -> Hashable:
+    """What tells the problems of a task apart: a benchmark's prompts, else the seed, which draws a run's own tasks."""
+    prompts = row["settings"].get("prompts")
+    return ("seed", row["seed"]) if prompts is None else ("prompts", prompts)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a frame holds no number."""
+    return value is None or value != value
+
+
+def _key(row: Row) -> tuple:
+    live = row["settings"].get("budget")
+    dial = ("cr", float(row["target_cr"])) if live is None else ("budget", float(live))
+    max_tokens = None if is_missing(row["max_tokens"]) else int(row["max_tokens"])
+    return row["model"], row["method"], row["variant"], dial, int(row["width"]), max_tokens
+
+
+def _sortable(key: tuple) -> tuple:
+    return (*key[:-1], -1 if key[-1] is None else key[-1])
+
+
+def _row_order(row: Row) -> tuple:
+    return row["task"], row["seed"], repr(problem_set(row)), str(row["accuracy"]), str(row["perplexity"]), row["run_id"]
+
+
+def _mean(rows: Iterable[Row], name: str) -> float:
+    tasks = [
+        np.mean(
+            [np.mean([_number(row[name]) for row in seed]) for seed in _grouped(task, lambda row: row["seed"]).values()]
+        )
+        for task in _grouped(rows, lambda row: row["task"]).values()
+    ]
+    return float(np.mean(tasks)) if tasks else math.nan
+
+
+def _share_of_rows(rows: list[Row]) -> tuple[float, float, float]:
+    """Accuracy and interval of one task over seeds: ends are averaged over seeds with the same problems."""
+    names = ("accuracy", "accuracy_low", "accuracy_high")
+    sets = [[_mean(part, name) for name in names] for part in _grouped(rows, problem_set).values()]
+    low, high = pareto.mean_interval(*zip(*sets, strict=True))
+    return _mean(rows, "accuracy"), low, high
+
+
+def _scores_by_task(cells: list[Cell]) -> Iterable[set[float]]:
+    for part in _grouped(cells, lambda cell: cell.task).values():
+        yield {score for cell in part for score in cell.scores}
+
+
+def _number(value: Any) -> float:
+    return math.nan if is_missing(value) else float(value)
+
+
+def _grouped(items: Iterable, key: Callable[[Any], Hashable]) -> dict[Any, list]:
+    found: dict[Any, list] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
