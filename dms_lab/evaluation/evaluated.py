@@ -1,0 +1,52 @@
+"""What was evaluated in a folder and stands in its `results.jsonl`: `evaluated.json`, read in no time and without torch."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dms_lab.config import TrainConfig
+
+EVALUATED = "evaluated.json"
+_RESULTS = "results.jsonl"  # as in `results`
+
+
+def own_evaluation(config: TrainConfig) -> dict[str, Any]:
+    """What the evaluation at the end of a run is asked; how many processes measured does not count."""
+    return {"eval": {key: value for key, value in asdict(config.eval).items() if key != "workers"}}
+
+
+def is_recorded(folder: Path, what: dict[str, Any]) -> bool:
+    """Whether `what` was evaluated to its end here, and the results have not lost rows since."""
+    entries = _entries(folder)
+    if not any(entry["what"] == _plain(what) for entry in entries):
+        return False
+    return num_rows(folder) >= sum(entry["num_rows"] for entry in entries)
+
+
+def record(folder: Path, what: dict[str, Any], num_rows: int) -> None:
+    """Notes that `what` was evaluated to its end, and that `num_rows` rows came with it; written whole or not at all."""
+    entries = [entry for entry in _entries(folder) if entry["what"] != _plain(what)]
+    temporary = (folder / EVALUATED).with_suffix(".tmp")
+    temporary.write_text(json.dumps([*entries, {"what": _plain(what), "num_rows": num_rows}], indent=1) + "\n")
+    temporary.replace(folder / EVALUATED)
+
+
+def num_rows(folder: Path) -> int:
+    """Lines of the results in a folder; 0 before there are any."""
+    path = folder / _RESULTS
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a record; none of one that something else has written."""
+    try:
+        entries = json.loads((folder / EVALUATED).read_text())
+    except (OSError, json.JSONDecodeError):
+        return []
+    is_ours = isinstance(entries, list) and all(isinstance(e, dict) and {"what", "num_rows"} <= set(e) for e in entries)
+    return entries if is_ours else []
+
+
+def _plain(what: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(what))

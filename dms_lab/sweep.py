@@ -1,0 +1,96 @@
+"""Many runs as one sweep: ``python -m dms_lab.sweep submit|status|collect|cancel experiments/<name> [key=value ...]``.
+
+submit   expands sweep.yaml, checks every point, submits what is neither done nor queued; returns at once
+status   what ran, runs, failed and why; exit status 1 if a point failed
+collect  writes results.csv beside sweep.yaml: every row of every point once
+cancel   ends the sweep's own jobs; the same submit goes on later
+
+key=value: cluster=local|slurm, workers=<points at a time on this machine>, resources.<key>=<value> as in conf/cluster.
+"""
+
+import argparse
+import json
+import sys
+
+COMMANDS = ("submit", "status", "collect", "cancel")
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs one command; returns its exit status. A `ValueError` ends it with one sentence and 1."""
+    asked = _parser().parse_args(words)
+    try:
+        from dms_lab.sweep_config import load_sweep
+        from dms_lab.sweeping.points import expand
+
+        sweep = load_sweep(asked.place, asked.overrides)
+        return globals()[f"_{asked.command}"](asked, sweep, expand(sweep))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m dms_lab.sweep", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name in COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("place", help="a sweep's folder with sweep.yaml in it, or another sweep file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="cluster=, workers=, resources.<key>=")
+        if name == "submit":
+            command.add_argument("--dry-run", action="store_true", help="print the plan: jobs, tokens, GPU-hours, disk")
+            command.add_argument("--wait", action="store_true", help="stay until every job has ended, with progress")
+        if name == "status":
+            command.add_argument("--json", action="store_true", help="for scripts: one object a point")
+        if name == "collect":
+            command.add_argument("--strict", action="store_true", help="exit status 1 if a point is missing")
+    return parser
+
+
+def _submit(asked: argparse.Namespace, sweep, points) -> int:
+    from dms_lab.sweeping import local, slurm
+    from dms_lab.sweeping.records import submitting
+    from dms_lab.sweeping.state import point_states
+
+    with submitting(sweep):
+        states = point_states(sweep, points)
+        todo = [state.point for state in states if state.state != "done" and not state.is_active]
+        if todo:
+            (slurm if sweep.cluster == "slurm" else local).submit(sweep, todo)
+    done, active = (sum(test(state) for state in states) for test in (_is_done, lambda state: state.is_active))
+    print(f"{sweep.name}: {len(todo)} of {len(points)} points submitted, {done} done, {active} queued or running already")
+    if todo:
+        print(f"python -m dms_lab.sweep status {asked.place}")
+    return 0
+
+
+def _is_done(state) -> bool:
+    return state.state == "done"
+
+
+def _status(asked: argparse.Namespace, sweep, points) -> int:
+    from dms_lab.sweeping.state import point_states
+
+    states = point_states(sweep, points)
+    if asked.json:
+        print(json.dumps([state.plain() for state in states], indent=1))
+    else:
+        from dms_lab.sweeping.tables import print_states
+
+        print_states(sweep, states)
+    return int(any(state.state == "failed" for state in states))
+
+
+def _cancel(asked: argparse.Namespace, sweep, points) -> int:
+    from dms_lab.sweeping import local, slurm
+    from dms_lab.sweeping.state import point_states
+
+    jobs = [state.job for state in point_states(sweep, points) if state.is_active and state.job is not None]
+    for module, cluster in ((slurm, "slurm"), (local, "local")):
+        module.cancel(sweep, [job for job in jobs if job.cluster == cluster])
+    print(f"{sweep.name}: {len(jobs)} jobs cancelled; the same submit goes on where they stopped")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The points of a sweep, expanded from its parts the way Hydra's multirun would.
+
+    sweep.yaml -> product of overrides -> composed (Hydra) -> resolved and validated -> Point (config, folder, hash)
+
+Nothing is stored of them: the same file gives the same points. Every error of every point is raised here, before anything
+is submitted.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from dms_lab.config import TrainConfig, check_overrides, config_hash, resolve, run_folder, valid_keys
+from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, resolve_evaluate, with_lists
+from dms_lab.sweep_config import Part, SweepConfig
+from dms_lab.sweeping.composition import Composer
+
+# Overrides that a variant is not named by: the first have a column of their own in the results, the rest decide nothing.
+_NOT_A_VARIANT = {"model", "method", "cr", "seed", "eval", "out", "tracking", "threads", "log_every", "resume", "sweep"}
+_NOT_A_VARIANT |= {"eval_after", "devices", "num_nodes", "strategy", "policy", "budget", "tasks", "limit", "store"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A run of `dms_lab.evaluate` on benchmarks: its composed words, and what they come to."""
+
+    composed: dict[str, Any] = field(repr=False)
+    config: EvaluateConfig = field(repr=False)
+    words: tuple[str, ...]
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits over everything that decides its results."""
+        return evaluation_hash(self.config)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One configuration of a sweep: trained and evaluated in `folder`, then asked `then`; or one evaluation.
+
+    `composed` is the configuration before it was resolved, plain; `overrides` what it differs in from the defaults.
+    """
+
+    command: str
+    composed: dict[str, Any] = field(repr=False)
+    config: TrainConfig | EvaluateConfig = field(repr=False)
+    folder: str
+    hash: str
+    overrides: tuple[str, ...]
+    then: tuple[Evaluation, ...] = ()
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """What the point is called in tables: the last part of its folder."""
+        return self.folder.rstrip("/").rpartition("/")[2]
+
+
+def evaluation_hash(config: EvaluateConfig) -> str:
+    """12 hex digits over everything that decides the results of an evaluation."""
+    passing = ("out", "store", "threads", "regrade", "sandbox", "i_trust_the_code")
+    kept = {key: value for key, value in asdict(config).items() if key not in passing}
+    kept["eval"] = {key: value for key, value in kept["eval"].items() if key not in ("places", "num_pages", "graders")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def expand(sweep: SweepConfig) -> list[Point]:
+    """Every point of a sweep once, in the order of the file; `ValueError` names the first part and point that is wrong."""
+    found: dict[str, Point] = {}
+    with Composer() as composer:
+        for index, part in enumerate(sweep.parts):
+            for point in _points(composer, part, part.name or f"parts[{index}]", sweep.name):
+                known = found.get(point.hash)
+                found[point.hash] = point if known is None else _joined(known, point)
+    points = list(found.values())
+    _check_folders(points)
+    return _with_variants(points)
+
+
+def _points(composer: Composer, part: Part, where: str, sweep: str) -> Iterator[Point]:
+    with _told(where):
+        check_overrides(part.overrides, valid_keys() if part.command == "train" else evaluate_keys())
+        combinations = composer.product(part.overrides)
+    for words in combinations:
+        with _told(f"{where}, {' '.join(words)}"):
+            yield _trained(composer, words, part.then, sweep) if part.command == "train" else _evaluated(composer, words)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _trained(composer: Composer, words: Sequence[str], then: Sequence[Sequence[str]], sweep: str) -> Point:
+    composed = composer.compose("train", words) | {"sweep": sweep}
+    config = resolve(composed)
+    folder = run_folder(config)
+    after = tuple(_evaluation(composer, with_lists(list(asked)), folder) for asked in then)
+    return Point("train", composed, config, folder, config_hash(config), tuple(words), after)
+
+
+def _evaluated(composer: Composer, words: Sequence[str]) -> Point:
+    made = _evaluation(composer, words, None)
+    config = made.config
+    subject = f"{config.model.name}-{config.policy}" if config.checkpoint is None else "checkpoint"
+    subject += f"-{config.budget}" if config.budget else ""
+    folder = config.out or f"runs/evaluate-{subject}-{made.hash}"
+    composed = made.composed | {"out": folder}
+    return Point("evaluate", composed, replace(config, out=folder), folder, made.hash, tuple(words))
+
+
+def _evaluation(composer: Composer, words: Sequence[str], checkpoint: str | None) -> Evaluation:
+    """An evaluation by its words, of `checkpoint` if that is given."""
+    check_overrides(words, evaluate_keys())
+    if checkpoint is not None and any(word.lstrip("+").startswith(("checkpoint=", "policy=", "out=")) for word in words):
+        raise ValueError(f"then [{', '.join(words)}]: the run and its folder are given already; leave them out")
+    if not any(word.startswith("eval=") for word in words):
+        raise ValueError(
+            f"evaluation [{', '.join(words)}] needs eval=reasoning; a run's own evaluation is part of its training's point"
+        )
+    composed = composer.compose("evaluate", words)
+    if checkpoint is not None:
+        composed["checkpoint"] = checkpoint
+    config = resolve_evaluate(composed)
+    if config.shard != (1, 1):
+        raise ValueError(
+            f"shard={config.shard[0]}/{config.shard[1]} leaves results to another run; leave it out in a sweep"
+        )
+    return Evaluation(composed, config, tuple(words))
+
+
+def _joined(known: Point, point: Point) -> Point:
+    """One point of two that share a hash, with the evaluations of both."""
+    if known.command == "train" and known.config.eval != point.config.eval:
+        raise ValueError(
+            f"{' '.join(known.overrides)} and {' '.join(point.overrides)} are one run, since eval.* does not decide what "
+            "is trained; ask for other evaluations with then:"
+        )
+    asked = {evaluation.hash: evaluation for evaluation in (*known.then, *point.then)}
+    return replace(known, then=tuple(asked.values()))
+
+
+def _check_folders(points: Sequence[Point]) -> None:
+    """Two points must not share a folder, which `out=` can make them do."""
+    by_folder: dict[str, Point] = {}
+    for point in points:
+        other = by_folder.setdefault(point.folder, point)
+        if other is not point:
+            raise ValueError(
+                f"{' '.join(other.overrides)} and {' '.join(point.overrides)} would share the folder {point.folder}; leave "
+                "out= to the configuration"
+            )
+
+
+def _with_variants(points: Sequence[Point]) -> list[Point]:
+    """The points with their `variant`: the overrides that differ within the sweep, sorted, without seed, cr and eval."""
+    given = [_variant_words(point) for point in points]
+    differing = {key for words in given for key in words if len({other.get(key) for other in given}) > 1}
+    return [
+        replace(point, variant=" ".join(f"{key}={words[key]}" for key in sorted(differing & set(words))))
+        for point, words in zip(points, given, strict=True)
+    ]
+
+
+def _variant_words(point: Point) -> dict[str, str]:
+    pairs = (word.lstrip("+").partition("=")[::2] for word in point.overrides)
+    return {
+        key: value
+        for key, value in pairs
+        if key not in _NOT_A_VARIANT and not key.startswith(("eval.", "hydra")) and point.command == "train"
+    }

@@ -1,0 +1,68 @@
+"""What a point's job asks Slurm for: conf/cluster/slurm.yaml, the size of its model, the sweep's own resources."""
+
+from typing import Any
+
+from dms_lab.config import TrainConfig
+from dms_lab.sweep_config import Resources, SweepConfig, build_resources, check_resources
+from dms_lab.sweeping.composition import config_folder
+from dms_lab.sweeping.points import Point
+
+
+def load_cluster(name: str) -> dict[str, Any]:
+    """The plain members of conf/cluster/<name>.yaml, without what is Hydra's."""
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.load(config_folder() / "cluster" / f"{name}.yaml"), resolve=False)
+    return {key: value for key, value in values.items() if key not in ("defaults", "hydra", "name")}
+
+
+def resources_of(point: Point, sweep: SweepConfig, cluster: dict[str, Any]) -> Resources:
+    """The resources of one point's job: each of these over the one before.
+
+    the cluster's, those of the model's size there, the sweep's, those of the model's size in the sweep
+    """
+    check_resources(cluster, "conf/cluster: ")
+    size_of = (cluster.get("size_of") or {}) | (sweep.resources.get("size_of") or {})
+    size = size_of.get(point.config.model.name) if point.config.model is not None else None
+    values: dict[str, Any] = {}
+    for level in (cluster, sweep.resources):
+        values |= {key: value for key, value in level.items() if key not in ("sizes", "size_of")}
+        values |= (level.get("sizes") or {}).get(size) or {}
+    return build_resources(values)
+
+
+def slurm_parameters(point: Point, resources: Resources, name: str) -> dict[str, Any]:
+    """The resources as `submitit.AutoExecutor.update_parameters` takes them, for a job called `name`."""
+    devices, nodes = _processes(point)
+    nodes = resources.nodes or nodes
+    gpus = resources.gpus_per_node
+    more = {"requeue": True} | (resources.additional_parameters or {})
+    found = {
+        "name": name,
+        "timeout_min": resources.timeout_min,
+        "nodes": nodes,
+        "tasks_per_node": devices,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem_gb": resources.mem_gb,
+        "gpus_per_node": max(gpus, devices) if gpus else None,
+        "slurm_partition": resources.partition,
+        "slurm_account": resources.account,
+        "slurm_qos": resources.qos,
+        "slurm_array_parallelism": resources.array_parallelism,
+        "slurm_signal_delay_s": resources.signal_delay_s,
+        "slurm_setup": list(resources.setup) or None,
+        "slurm_srun_args": _srun_args(resources, nodes * devices),
+        "slurm_additional_parameters": more,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _srun_args(resources: Resources, num_processes: int) -> list[str] | None:
+    """srun does not inherit the processors of a task since 22.05, and leaves processes waiting for one that died."""
+    words = [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
+    return [*words, *(["--kill-on-bad-exit=1"] if num_processes > 1 else [])] or None
+
+
+def _processes(point: Point) -> tuple[int, int]:
+    """Processes a node, and nodes, of a point."""
+    return (point.config.devices, point.config.num_nodes) if isinstance(point.config, TrainConfig) else (1, 1)

@@ -1,0 +1,138 @@
+"""A sweep's jobs in Slurm: submitted by submitit as arrays, asked after by squeue, sacct and what the jobs left behind."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dms_lab.sweep_config import SweepConfig
+from dms_lab.sweeping.job import job_of
+from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.records import JobState, Submitted, append_jobs
+from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
+
+_SECONDS = 60  # that a Slurm command may take
+
+
+def job_name(sweep: SweepConfig) -> str:
+    """What Slurm calls the jobs of a sweep."""
+    return f"dms-{sweep.name}"
+
+
+def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
+    """Submits a job a point, as one array for each kind of resources, and returns at once."""
+    import submitit
+
+    cluster = load_cluster("slurm")
+    kinds: dict[str, list[Point]] = {}
+    for point in points:
+        kinds.setdefault(_kind(point, sweep, cluster), []).append(point)
+    logs = (sweep.records / "slurm").absolute()
+    submitted: list[Submitted] = []
+    for members in kinds.values():
+        resources = resources_of(members[0], sweep, cluster)
+        executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=resources.max_num_timeout)
+        executor.update_parameters(**slurm_parameters(members[0], resources, job_name(sweep)))
+        try:
+            jobs = _submit_array(executor, members)
+        except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
+            raise ValueError(f"Slurm took no job: {error}") from error
+        noted = [
+            Submitted(job.job_id, "slurm", point.hash, point.folder, time.time(), str(job.paths.stderr))
+            for job, point in zip(jobs, members, strict=True)
+        ]
+        append_jobs(sweep, noted)
+        submitted += noted
+    return submitted
+
+
+def _submit_array(executor, points: Sequence[Point]) -> list:
+    jobs = [job_of(point, Path.cwd()) for point in points]
+    if len(jobs) == 1:
+        return [executor.submit(jobs[0])]
+    with executor.batch():
+        return [executor.submit(job) for job in jobs]
+
+
+def _kind(point: Point, sweep: SweepConfig, cluster: dict) -> str:
+    return json.dumps(slurm_parameters(point, resources_of(point, sweep, cluster), ""), sort_keys=True, default=str)
+
+
+def cancel(sweep: SweepConfig, jobs: Iterable[Submitted]) -> None:
+    """Cancels jobs, as far as they are this sweep's and this user's."""
+    ids = sorted(job.job_id for job in jobs)
+    if ids:
+        _call("scancel", f"--name={job_name(sweep)}", f"--user={os.getuid()}", *ids)
+
+
+# -- what became of them -----------------------------------------------------------------------------------------------
+def job_states(sweep: SweepConfig, jobs: Iterable[Submitted]) -> dict[str, JobState]:
+    """What is known of each job, by its id: the queue first, then accounting, then what submitit left.
+
+    Raises `ValueError` if the queue cannot be asked. A job that neither knows has the state ''.
+    """
+    ids = {job.job_id for job in jobs}
+    if not ids:
+        return {}
+    found = _accounted(ids)
+    for job_id, state in _queued(sweep).items():
+        if job_id in ids and state.is_active:  # newer than what accounting has
+            restarts = max(state.restarts, found[job_id].restarts if job_id in found else 0)
+            found[job_id] = JobState(state.state, restarts, state.elapsed, state.reason)
+    return {job_id: found.get(job_id, JobState("")) for job_id in ids}
+
+
+def _queued(sweep: SweepConfig) -> dict[str, JobState]:
+    if shutil.which("squeue") is None:
+        raise ValueError("squeue is not installed here: ask for a sweep on Slurm where sbatch and squeue are")
+    fields = "JobArrayID:64,StateLong:.32,RestartCnt:.12,TimeUsed:.24,Reason:.64"
+    text = _call("squeue", "--noheader", "--array", "--states=all", f"--name={job_name(sweep)}", f"--Format={fields}")
+    found = {}
+    for line in text.splitlines():
+        if len(words := line.split(None, 4)) >= 4:
+            job_id, state, restarts, elapsed = words[:4]
+            found[job_id] = JobState(state, int(restarts) if restarts.isdigit() else 0, elapsed, "".join(words[4:]).strip())
+    return found
+
+
+def _accounted(ids: set[str]) -> dict[str, JobState]:
+    """The last state of each job in accounting, and how many runs of it ended before; {} without accounting."""
+    if shutil.which("sacct") is None:
+        return {}
+    arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in ids}))
+    words = ("--noheader", "--parsable2", "--allocations", "--duplicates", "--array", "--format=JobID,State,Elapsed,Reason")
+    try:
+        text = _call("sacct", f"--jobs={arrays}", *words)
+    except ValueError:  # accounting is switched off, or does not answer: the queue and the files have to do
+        return {}
+    found: dict[str, JobState] = {}
+    for line in text.splitlines():
+        job_id, state, elapsed, reason = (line.split("|") + [""] * 4)[:4]
+        runs = found[job_id].restarts + 1 if job_id in found else 0
+        found[job_id] = JobState(state.split()[0] if state else "", runs, elapsed, reason)  # "CANCELLED by 0"
+    return found
+
+
+def outcome(job: Submitted) -> tuple[str, str] | None:
+    """What submitit left of a job that ended: ("success", "") or ("error", its traceback); None if nothing."""
+    path = Path(job.log.replace("_log.err", "_result.pkl"))
+    if not path.is_file():
+        return None
+    kind, value = pickle.loads(path.read_bytes())
+    return kind, "" if kind == "success" else str(value)
+
+
+def _call(*words: str) -> str:
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS)
+    except FileNotFoundError as error:
+        raise ValueError(f"{words[0]} is not installed here: ask where Slurm's commands are") from error
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"{words[0]} did not answer within {_SECONDS} seconds; is Slurm's controller up?") from error
+    if done.returncode:
+        raise ValueError(f"{words[0]} failed: {' '.join((done.stderr or done.stdout).split())}")
+    return done.stdout

@@ -1,0 +1,141 @@
+"""Where each point of a sweep stands: its folder says what is done, the queue whether a job is at it, the log why not."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dms_lab.config import TrainConfig
+from dms_lab.sweep_config import SweepConfig
+from dms_lab.sweeping import local, slurm
+from dms_lab.sweeping.job import PointJob, Training, is_locked, job_of
+from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.records import JobState, Submitted, last_jobs
+
+STATES = ("done", "evaluating", "running", "pending", "requeued", "failed", "stopped", "missing", "unknown")
+LOG_LINES = 8
+_FAILED = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
+_STOPPED = ("CANCELLED", "PREEMPTED", "REVOKED")
+_TAIL_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class PointState:
+    """Where a point stands. `state` is one of `STATES`; `reason` in a few words; `log` the last lines of a failed job's."""
+
+    point: Point
+    state: str
+    job: Submitted | None = None
+    elapsed: str = ""
+    restarts: int = 0
+    step: int | None = None
+    steps: int | None = None
+    cr: float | None = None
+    reason: str = ""
+    log: tuple[str, ...] = ()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a job is queued for it or at it."""
+        return self.state in ("evaluating", "running", "pending", "requeued")
+
+    def plain(self) -> dict[str, Any]:
+        """The state as JSON."""
+        found = {"point": self.point.name, "folder": self.point.folder, "hash": self.point.hash, "state": self.state}
+        found |= {"overrides": list(self.point.overrides), "variant": self.point.variant}
+        found |= {name: getattr(self, name) for name in ("elapsed", "restarts", "step", "steps", "cr", "reason")}
+        job = {"job_id": self.job.job_id, "log": self.job.log} if self.job else {"job_id": None, "log": None}
+        return found | job | {"log_lines": list(self.log)}
+
+
+def point_states(sweep: SweepConfig, points: Sequence[Point]) -> list[PointState]:
+    """The state of every point, in their order; `ValueError` if a queue that has jobs of the sweep cannot be asked."""
+    jobs = last_jobs(sweep)
+    done = {point.hash for point in points if is_done(point)}
+    asked = [jobs[point.hash] for point in points if point.hash in jobs and point.hash not in done]
+    known = slurm.job_states(sweep, [job for job in asked if job.cluster == "slurm"])
+    known |= local.job_states(sweep, [job for job in asked if job.cluster == "local"])
+    return [_state_of(point, point.hash in done, jobs.get(point.hash), known) for point in points]
+
+
+def is_done(point: Point) -> bool:
+    """Whether all of a point stands in its folder."""
+    return all(step.is_done() for step in _job(point).steps())
+
+
+def _job(point: Point) -> PointJob:
+    return job_of(point, Path.cwd())
+
+
+def _state_of(point: Point, is_done: bool, job: Submitted | None, known: dict[str, JobState]) -> PointState:
+    if is_done:
+        return PointState(point, "done", job)
+    first = _job(point).steps()[0]
+    progress = _progress(point) if isinstance(first, Training) else {}
+    is_trained = isinstance(first, Training) and first.is_done()
+    at_work = "evaluating" if is_trained or not isinstance(first, Training) else "running"
+    if job is None:
+        return PointState(point, at_work if is_locked(Path(point.folder)) else "missing", **progress)
+    found = known[job.job_id]
+    progress |= {"job": job, "elapsed": found.elapsed, "restarts": found.restarts}
+    if found.is_queued:
+        return PointState(point, "requeued" if found.restarts else "pending", reason=found.reason, **progress)
+    if found.is_active:
+        return PointState(point, at_work, **progress)
+    return _ended(point, job, found, progress)
+
+
+def _ended(point: Point, job: Submitted, found: JobState, progress: dict[str, Any]) -> PointState:
+    """The state of a point that is not done and whose last job has ended, or is not known any more."""
+    if found.state in _STOPPED:
+        return PointState(point, "stopped", reason=found.state, **progress)
+    if found.state == "COMPLETED":  # for all that was asked when it was submitted
+        return PointState(point, "missing", reason="more is asked of it than when it was submitted", **progress)
+    left = slurm.outcome(job) if job.cluster == "slurm" else None
+    if found.state in _FAILED or (left is not None and left[0] == "error"):
+        log = tail(Path(job.log), LOG_LINES)
+        return PointState(point, "failed", reason=_reason(found, left, log), log=log, **progress)
+    if left is not None:
+        return PointState(point, "missing", reason="more is asked of it than when it was submitted", **progress)
+    told = found.reason or "neither the queue nor accounting (sacct) knows the job, and it left no result"
+    return PointState(point, "unknown", reason=told, log=tail(Path(job.log), LOG_LINES), **progress)
+
+
+def _reason(found: JobState, left: tuple[str, str] | None, log: Sequence[str]) -> str:
+    """Why a job failed, in a line: the state that it ended in, and the exception's last line, else the log's."""
+    said = left[1].strip().splitlines()[-1] if left and left[1].strip() else (log[-1] if log else "no log was written")
+    why = [found.state or "FAILED", *([found.reason] if found.reason not in ("None", "") else []), said]
+    return ": ".join(why)
+
+
+def _progress(point: Point) -> dict[str, Any]:
+    """The step that a training has logged last, and its measured CR."""
+    config = point.config
+    assert isinstance(config, TrainConfig)
+    for line in reversed(tail(Path(point.folder) / "metrics.jsonl", 2)):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # it is being written
+            continue
+        return {"step": row["step"], "steps": config.steps, "cr": row["cr_hard"]}
+    return {"steps": config.steps}
+
+
+def tail(path: Path, num_lines: int) -> tuple[str, ...]:
+    """The last lines of a file that say something; () if there is none."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(line for line in text.splitlines() if line.strip())[-num_lines:]
+
+
+def seconds_since(job: Submitted) -> float:
+    """How long ago a job was submitted."""
+    return time.time() - job.submitted
