@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 
+from processes import kill, of_jobs, step_managers
+
 PROGRAMS = (
     "munged mariadbd mariadb-install-db slurmdbd slurmctld slurmd sbatch srun sacct sacctmgr scontrol setpriv".split()
 )
@@ -36,7 +38,9 @@ def why_not() -> str | None:
         return "a Slurm cluster is started as root only: its node daemons start jobs in any user's name"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_search_path()) is None]
     if missing:
-        return f"{', '.join(missing)} not found: `tests/slurm/install.sh` installs slurm-wlm, slurmdbd, munge and mariadb-server"
+        return (
+            f"{', '.join(missing)} not found: tests/slurm/install.sh installs slurm-wlm, slurmdbd, munge and mariadb-server"
+        )
     try:
         pwd.getpwnam("munge")
     except KeyError:
@@ -159,47 +163,18 @@ class Cluster:
         )
         return {job: self.state(job) for job in jobs}
 
-    def clear(self) -> None:
-        """No job waits or runs."""
+    def mend(self) -> None:
+        """All daemons run, no job waits or runs, and both nodes are up."""
+        if "slurmctld" not in self.daemons:
+            self.start_controller()
         self.run("scancel", "--quiet", "--user=root", check=False)
+        for node in set(NODES) - set(self.daemons):
+            self.start_node(node)
+        kill(of_jobs(self.conf), signal.SIGCONT)
         wait_until("all jobs are cancelled", lambda: not self.run("squeue", "-h").strip(), 60)
         for node in NODES:
             self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-
-
-def processes(conf: Path, job: str | None = None) -> list[int]:
-    """Processes that jobs of the cluster of `conf` started, or one job alone (the id that sacct shows, `_` and all)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            values = dict(
-                entry.split("=", 1) for entry in path.read_bytes().decode(errors="replace").split("\0") if "=" in entry
-            )
-        except OSError:  # it has ended
-            continue
-        if values.get("SLURM_CONF") != str(conf) or "SLURM_JOB_ID" not in values:
-            continue
-        array = (values.get("SLURM_ARRAY_JOB_ID"), values.get("SLURM_ARRAY_TASK_ID"))
-        if job is None or job in (values["SLURM_JOB_ID"], "_".join(str(part) for part in array)):
-            found.append(int(path.parent.name))
-    return found
-
-
-def _step_managers(conf: Path) -> list[int]:
-    """The `slurmstepd` processes of the cluster, which outlive the node daemon that started them."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/exe"):
-        with suppress(OSError):
-            if path.resolve().name.startswith("slurmstepd") and (path.parent / "cwd").resolve() == conf.parent.resolve():
-                found.append(int(path.parent.name))
-    return found
-
-
-def kill(pids: Sequence[int], number: int = signal.SIGKILL) -> None:
-    """The signal is sent to those that still run."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+            self.wait_for(node, f"node {node} is up", lambda node=node: self.is_up(node))
 
 
 @contextmanager
@@ -243,7 +218,7 @@ def _configure(found: Cluster) -> None:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, below those that the kernel gives to connections, so a restarted daemon finds its own."""
+    """Ports that nobody listens on, below those that the kernel gives to connections: a restarted daemon finds its own."""
     found: set[int] = set()
     while len(found) < number:
         port = random.randrange(12000, 30000)
@@ -284,10 +259,10 @@ def _start(found: Cluster) -> None:
 
 def _tear_down(found: Cluster) -> None:
     """Jobs first, then the daemons in reverse, then the folder."""
-    kill(_step_managers(found.conf) + processes(found.conf))
+    kill(step_managers(found.conf) + of_jobs(found.conf))
     for name in reversed(list(found.daemons)):
         found.stop(name, signal.SIGKILL if name == "mariadbd" else signal.SIGTERM, 5)
-    kill(_step_managers(found.conf) + processes(found.conf))
+    kill(step_managers(found.conf) + of_jobs(found.conf))
     shutil.rmtree(found.folder, ignore_errors=True)
 
 

@@ -1,0 +1,170 @@
+"""A folder in which somebody works with `dms_lab.sweep` on the test cluster, and what a sweep without trouble gives."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import chdir
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import Cluster, wait_until
+from processes import kill, tasks
+
+# Points that take seconds: six of them, and `last.ckpt` is there after half the steps (GracefulStop saves every 50).
+WINDOWS, SEEDS = (2, 4, 8), (0, 1)
+POINT = (
+    "model=tiny steps=100 context=96 cr=4 cr_family=[4] batch_size=2 threads=1 log_every=10 "
+    "eval.num_problems=4 eval.length=128 eval.rivals=[streaming_llm] eval.held_out_tokens=512"
+).split()
+RESOURCES = {"cpus_per_task": 1, "mem_gb": 1, "gpus_per_node": 0, "array_parallelism": 2, "timeout_min": 10}
+# What a row says about the model: the same however often its job was disturbed.
+MEASURED = (
+    "num_problems accuracy accuracy_low accuracy_high perplexity measured_cr kv_reads peak_tokens kv_bytes_peak".split()
+)
+
+
+def swept(windows: Sequence[int] = WINDOWS, seeds: Sequence[int] = SEEDS) -> list[str]:
+    """The overrides of a sweep over windows and seeds."""
+    return [*POINT, f"window={','.join(map(str, windows))}", f"seed={','.join(map(str, seeds))}"]
+
+
+@dataclass
+class Lab:
+    """One sweep in a folder of its own: `experiments/sweep` and `runs`."""
+
+    cluster: Cluster
+    folder: Path
+    jobs: list[str] = field(default_factory=list)
+
+    @property
+    def sweep(self) -> Path:
+        return self.folder / "experiments" / "sweep"
+
+    def describe(self, overrides: Sequence[str], **resources: object) -> None:
+        """`sweep.yaml` asks for these points on the cluster."""
+        self.sweep.mkdir(parents=True)
+        values = {"parts": [{"overrides": list(overrides)}], "cluster": "slurm", "resources": RESOURCES | resources}
+        (self.sweep / "sweep.yaml").write_text(json.dumps(values))  # JSON is YAML
+
+    @property
+    def points(self) -> list:
+        """The points, as the library derives them."""
+        from dms_lab.sweep_config import load_sweep
+        from dms_lab.sweeping.points import expand
+
+        return expand(load_sweep(self.sweep))
+
+    def run_of(self, point) -> Path:
+        """The folder of a point's run."""
+        return self.folder / point.folder
+
+    # -- the command ---------------------------------------------------------------------------------------------------
+    def call(self, *words: str, module: str = "sweep", seconds: float = 180) -> subprocess.CompletedProcess:
+        """`python -m dms_lab.<module> <words>`, whatever it ends with."""
+        command = [sys.executable, "-m", f"dms_lab.{module}", *words]
+        environment = self.cluster.environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        environment |= {"WANDB_MODE": "disabled"}
+        return subprocess.run(command, cwd=self.folder, env=environment, text=True, capture_output=True, timeout=seconds)
+
+    def ask(self, *words: str, **options) -> str:
+        """What a command prints that ends well."""
+        done = self.call(*words, **options)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def submit(self, *words: str) -> list[tuple[Any, str]]:
+        """The points that a submission of the sweep adds jobs for, each with the id of its job."""
+        record = self.folder / "runs" / "sweeps" / "sweep" / "jobs.jsonl"
+        before = record.read_text().splitlines() if record.is_file() else []
+        self.ask("submit", str(self.sweep), *words)
+        added = [json.loads(line) for line in record.read_text().splitlines()[len(before) :]] if record.is_file() else []
+        by_hash = {point.hash: point for point in self.points}
+        self.jobs = [row["job_id"] for row in added]
+        return [(by_hash[row["hash"]], row["job_id"]) for row in added]
+
+    # -- how it goes on ------------------------------------------------------------------------------------------------
+    def halt(self, submitted: Sequence[tuple[Any, str]], seconds: float = 120) -> dict[str, list[int]]:
+        """Each of these jobs stands still in its training, after its first save: the processes by the job, one a rank.
+
+        Signals wait for them, but for KILL. `kill(pids, signal.SIGCONT)` lets them go on.
+        """
+        halted: dict[str, list[int]] = {}
+
+        def are_halted() -> bool:
+            for point, job in submitted:
+                if job not in halted and (self.run_of(point) / "last.ckpt").is_file():
+                    halted[job] = tasks(self.cluster.conf, job)
+                    kill(halted[job], signal.SIGSTOP)
+                    assert halted[job], f"job {job} ended while it was to be halted"
+            return len(halted) == len(submitted)
+
+        wait_until(f"jobs {[job for _, job in submitted]} have saved", are_halted, seconds, every=0.02)
+        return halted
+
+    def steps(self, point) -> list[tuple[int, float]]:
+        """What its metrics hold: the steps, and how fast each was, by which one tells a step that was computed again."""
+        lines = (self.run_of(point) / "metrics.jsonl").read_text().splitlines()
+        return [(row["step"], row["tokens_per_second"]) for row in map(json.loads, lines)]
+
+    def complete(self, seconds: float = 180) -> None:
+        """All jobs of the last submission have completed."""
+        assert self.cluster.wait_for_jobs(self.jobs, seconds) == dict.fromkeys(self.jobs, "COMPLETED")
+
+    def collected(self) -> list[dict[str, object]]:
+        """The rows of `results.csv`, after `sweep collect`."""
+        import pandas as pd
+
+        self.ask("collect", str(self.sweep))
+        return pd.read_csv(self.sweep / "results.csv", keep_default_na=False, na_values=[""]).to_dict("records")
+
+
+def key(row: dict) -> tuple:
+    """What a row is about. Rules without training know nothing of the run beside which they were measured, but its seed."""
+    trained = row["config_hash"] if row["method"] == "dms" else ""
+    return (trained, row["method"], row["task"], float(row["target_cr"]), int(row["seed"]))
+
+
+def measured(row: dict) -> dict[str, float | None]:
+    """What a row says, for a comparison: nothing for what was not measured."""
+    return {name: None if row[name] is None or row[name] != row[name] else float(row[name]) for name in MEASURED}
+
+
+class Undisturbed:
+    """The rows of points that nobody disturbs: trained and evaluated in this process, each once a session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._rows: dict[str, list[dict]] = {}
+
+    def rows(self, points: Sequence) -> list[dict]:
+        """The rows of all points."""
+        return [row for point in points for row in self._of(point)]
+
+    def _of(self, point) -> list[dict]:
+        if point.hash not in self._rows:
+            import torch
+
+            from dms_lab.evaluation.report import evaluate_run
+            from dms_lab.training.run import train
+
+            torch.set_num_threads(1)
+            with chdir(self.folder):
+                outcome = train(point.config, progress=False)
+                evaluate_run(point.config, outcome.folder)
+                lines = (outcome.folder / "results.jsonl").read_text().splitlines()
+            self._rows[point.hash] = [json.loads(line) for line in lines]
+        return self._rows[point.hash]
+
+
+def assert_undisturbed(lab: Lab, undisturbed: Undisturbed, points: Sequence | None = None) -> None:
+    """`results.csv` holds each point once, with what it has where nothing happens to it."""
+    points = lab.points if points is None else points
+    found = lab.collected()
+    wanted = {key(row): measured(row) for row in undisturbed.rows(points)}
+    keys = [key(row) for row in found]
+    assert sorted(keys) == sorted(wanted), "a point is missing, or present twice"
+    for row in found:
+        assert measured(row) == wanted[key(row)], key(row)

@@ -1,0 +1,227 @@
+"""Sweeps on a real Slurm come to the results of a sweep that nobody disturbs, whatever happens to their jobs."""
+
+import os
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+from cluster import wait_until
+from lab import Lab, Undisturbed, assert_undisturbed, swept
+from processes import kill, of_jobs, step_managers, tasks, waits_for
+
+pytestmark = pytest.mark.slurm
+TWO = swept(windows=(2, 4), seeds=(0,))
+
+
+def test_completion_of_a_sweep_of_six_points(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(swept())
+    assert len(lab.submit()) == 6
+    lab.complete(300)
+    assert_undisturbed(lab, undisturbed)
+    assert lab.submit() == []  # what is done is not submitted again
+
+
+def test_preemption_sends_jobs_back_and_they_go_on_from_what_they_saved(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    (told, first), (killed, second) = lab.submit()
+    halted = lab.halt([(told, first), (killed, second)])
+    before = {point.hash: lab.steps(point)[:5] for point in (told, killed)}
+    lab.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1", cwd=lab.folder)
+    wait_until("the job is told to end", lambda: waits_for(halted[first][0], signal.SIGTERM))
+    kill(halted[first], signal.SIGCONT)  # the other one stands still until Slurm's patience is over
+    for job in (first, second):
+        wait_until(f"job {job} is queued again", lambda job=job: lab.cluster.restarts(job) == 1)
+    lab.complete()
+    for point in (told, killed):
+        assert lab.steps(point)[:5] == before[point.hash]
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_a_job_at_its_time_limit_is_queued_again_and_one_that_ignores_it_ends_as_timed_out(
+    lab: Lab, undisturbed: Undisturbed
+):
+    lab.describe(TWO, timeout_min=1, signal_delay_s=5)
+    (told, first), (deaf, second) = lab.submit()
+    halted = lab.halt([(told, first), (deaf, second)])
+    before = {point.hash: lab.steps(point)[:5] for point in (told, deaf)}
+    wait_until("the job is told of its limit", lambda: waits_for(halted[first][0], signal.SIGUSR2), 120)
+    kill(halted[first], signal.SIGCONT)
+    wait_until("the job is queued again", lambda: lab.cluster.restarts(first) == 1)
+    assert lab.cluster.wait_for_jobs([first, second], 180) == {first: "COMPLETED", second: "TIMEOUT"}
+    assert "TIMEOUT" in lab.ask("status", str(lab.sweep))
+    [(again, _)] = lab.submit()
+    assert again.hash == deaf.hash
+    lab.complete()
+    for point in (told, deaf):
+        assert lab.steps(point)[:5] == before[point.hash]
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_a_step_that_is_killed_fails_its_job_and_a_resubmission_goes_on(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    (point, job), (other, fine) = lab.submit()
+    halted = lab.halt([(point, job)])
+    before = lab.steps(point)[:5]
+    kill(halted[job])
+    assert lab.cluster.wait_for_jobs([job, fine]) == {job: "FAILED", fine: "COMPLETED"}
+    assert point.folder.rpartition("/")[2] in lab.ask("status", str(lab.sweep))
+    [(again, _)] = lab.submit()
+    assert again.hash == point.hash
+    lab.complete()
+    assert lab.steps(point)[:5] == before
+    assert lab.run_of(other).is_dir()
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_a_job_that_is_killed_between_training_and_results_is_not_trained_again(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(swept(windows=(2,), seeds=(0,)))
+    [(point, job)] = lab.submit()
+    rows = lab.run_of(point) / "results.jsonl"
+    wait_until("some results are written", lambda: rows.is_file() and rows.stat().st_size, 120, every=0.02)
+    kill(tasks(lab.cluster.conf, job))
+    assert lab.cluster.wait_for_jobs([job]) == {job: "FAILED"}
+    before = lab.steps(point)
+    lab.submit()
+    lab.complete()
+    assert lab.steps(point) == before
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_jobs_survive_their_node_daemon(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    submitted = lab.submit()
+    halted = lab.halt(submitted)
+    node = _node_of(lab, submitted[0][1])
+    lab.cluster.stop(node, signal.SIGKILL)
+    for pids in halted.values():
+        kill(pids, signal.SIGCONT)
+    time.sleep(3)
+    lab.cluster.start_node(node)
+    lab.complete()
+    assert [lab.cluster.restarts(job) for _, job in submitted] == [0, 0]
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_jobs_of_a_node_that_dies_run_again_and_go_on_from_what_they_saved(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    submitted = lab.submit()
+    lab.halt(submitted)
+    before = {point.hash: lab.steps(point)[:5] for point, _ in submitted}
+    nodes = {_node_of(lab, job) for _, job in submitted}
+    for node in nodes:
+        lab.cluster.stop(node, signal.SIGKILL)
+    kill(step_managers(lab.cluster.conf) + of_jobs(lab.cluster.conf))
+    for node in nodes:
+        lab.cluster.start_node(node)
+    for _, job in submitted:
+        wait_until(f"job {job} is queued again", lambda job=job: lab.cluster.restarts(job) == 1, 120)
+    lab.complete()
+    for point, _ in submitted:
+        assert lab.steps(point)[:5] == before[point.hash]
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_jobs_that_run_and_wait_survive_the_controller(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(swept(windows=(2, 4, 8), seeds=(0,)))
+    running = lab.submit()[:2]
+    halted = lab.halt(running)
+    lab.cluster.stop("slurmctld", signal.SIGKILL)
+    for pids in halted.values():
+        kill(pids, signal.SIGCONT)
+    time.sleep(3)
+    lab.cluster.start_controller()
+    lab.complete()
+    assert [lab.cluster.restarts(job) for job in lab.jobs] == [0, 0, 0]
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_a_full_disk_fails_one_job_and_leaves_nothing_half_written(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    full = lab.points[0]
+    with small_disk(lab.run_of(full), "24k"):
+        submitted = lab.submit()
+        states = lab.cluster.wait_for_jobs(lab.jobs)
+        assert [states[job] for _, job in submitted] == ["FAILED", "COMPLETED"]
+        assert "No space left on device" in lab.ask("status", str(lab.sweep))
+        found = {path.name for path in lab.run_of(full).rglob("*")}
+        assert not found & {"last.ckpt", "done.json", "results.jsonl", "dms.safetensors"}
+        resize(lab.run_of(full), "64m")
+        [(again, _)] = lab.submit()
+        assert again.hash == full.hash
+        lab.complete()
+        assert_undisturbed(lab, undisturbed)
+
+
+def test_a_disk_that_is_full_when_results_are_written_costs_no_training(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(swept(windows=(2,), seeds=(0,)))
+    point = lab.points[0]
+    with small_disk(lab.run_of(point), "8m"):
+        [(_, job)] = lab.submit()
+        lab.halt([(point, job)])
+        filler = fill(lab.run_of(point))
+        kill(tasks(lab.cluster.conf, job), signal.SIGCONT)
+        assert lab.cluster.wait_for_jobs([job]) == {job: "FAILED"}
+        assert "No space left on device" in lab.ask("status", str(lab.sweep))
+        filler.unlink()
+        lab.submit()
+        lab.complete()
+        assert_undisturbed(lab, undisturbed)
+
+
+def test_a_point_that_fails_fails_in_slurm_and_is_shown_with_the_end_of_its_log(lab: Lab, undisturbed: Undisturbed):
+    lab.describe([*swept(windows=(2,), seeds=(0,)), "model.path=embedded,/nowhere/at/all"])
+    submitted = lab.submit()
+    states = lab.cluster.wait_for_jobs(lab.jobs)
+    assert [states[job] for _, job in submitted] == ["COMPLETED", "FAILED"]
+    shown = lab.ask("status", str(lab.sweep))
+    assert "FAILED" in shown
+    assert "no weights for" in shown
+    assert "/nowhere/at/all" in shown
+
+
+def test_a_cancelled_sweep_leaves_the_queue_and_is_finished_by_a_resubmission(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO)
+    submitted = lab.submit()
+    lab.halt(submitted)
+    lab.ask("cancel", str(lab.sweep))
+    assert set(lab.cluster.wait_for_jobs(lab.jobs).values()) == {"CANCELLED"}
+    assert len(lab.submit()) == 2
+    lab.complete()
+    assert_undisturbed(lab, undisturbed)
+
+
+# -- what disturbs -----------------------------------------------------------------------------------------------------
+def _node_of(lab: Lab, job: str) -> str:
+    return lab.cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
+
+
+@contextmanager
+def small_disk(folder, size: str):
+    """Inside, `folder` is a file system of its own that holds `size`; skips where none can be mounted."""
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def resize(folder, size: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
+
+
+def fill(folder):
+    """No byte is left on the file system of `folder`, but for what the file given back takes."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(b"\0" * 4096):
+                pass
+        except OSError:
+            os.fsync(file.fileno())
+    return filler
