@@ -8,7 +8,7 @@ ARGS ?=
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-all check kvpress bench-cpu clean
+.PHONY: help setup demo test test-all slurm-test check kvpress bench-cpu clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test: $(STAMP)  ## run the fast tests
 
 test-all: $(STAMP)  ## run every test, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
+
+slurm-test: $(STAMP)  ## disturb sweeps on a real Slurm, started here by root: 15 minutes, see tests/slurm
+	tests/slurm/install.sh
+	DMS_LAB_REQUIRE_SLURM=1 $(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 check: $(STAMP)  ## lint and formatting
 	$(BIN)/python -m ruff check .

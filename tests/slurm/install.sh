@@ -18,8 +18,8 @@ refuse() {
     exit 1
 }
 
+[ "$(id -u)" = 0 ] || refuse "its packages are installed, and its daemons started, by root only"
 [ -n "$(missing)" ] || exit 0
-[ "$(id -u)" = 0 ] || refuse "$packages are installed by root only"
 command -v apt-get >/dev/null || refuse "it comes from Debian's packages, and there is no apt-get"
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
