@@ -317,12 +317,12 @@ def test_a_source_that_is_nothing_or_too_much_is_refused(tmp_path):
 def test_embedded_problems_are_those_of_the_demo_and_a_function_of_their_id():
     from dms_lab.evaluation.hard import make_problems
 
-    found = rows("dms_tiny_road", num_problems=4, length=256, data_seed=5)
+    found = rows("dms_tiny_road", num_problems=4, lengths=[256], data_seed=5)
     assert [row["id"] for row in found] == [f"road-5-256-{i}" for i in range(4)]
     assert [(row["prompt"], row["answer"]) for row in found] == [
         (problem.prompt, problem.answer) for problem in make_problems("road", 4, 256, 5)
     ]
-    assert rows("dms_tiny_road", num_problems=2, length=256, data_seed=5) == found[:2]
+    assert rows("dms_tiny_road", num_problems=2, lengths=[256], data_seed=5) == found[:2]
     with pytest.raises(ValueError, match="num_problems of 1 or more"):
         problems.load_tiny_road(num_problems=0)
 

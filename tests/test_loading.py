@@ -138,6 +138,15 @@ def test_lengths_beyond_the_positions_of_the_model_are_refused_with_those_that_f
         load(name, lengths=lengths)
 
 
+def test_embedded_problems_come_in_several_lengths_and_beyond_the_positions_that_is_said():
+    task = load("dms_tiny_road", lengths=(256, 4096), num_problems=2)
+    docs = task.leaves["dms_tiny_road"].eval_docs
+    assert [doc["max_length"] for doc in docs] == [256, 256, 4096, 4096]
+    assert len(docs[2]["prompt"]) > 8 * len(docs[0]["prompt"])
+    assert task.notices == ("dms_tiny_road: 4096 tokens are more than the 2048 positions of the model",)
+    assert "max_length" not in load("dms_tiny_road", num_problems=2).leaves["dms_tiny_road"].eval_docs[0]
+
+
 def test_prompts_have_the_lengths_and_the_number_asked_for_and_end_where_the_answer_begins():
     for max_tokens, most in ((None, 128), ((16, 200), 200), ((24,), 24)):
         task = load("dms_vt", lengths=(512, 2048), max_tokens=max_tokens)

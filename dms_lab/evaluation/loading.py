@@ -84,10 +84,14 @@ def _load_own(name: str, config: EvaluateConfig, path: str) -> LoadedTask:
     options |= {"source": dict(entry.partition(":")[::2] for entry in settings.sources).get(name), "tokenizer": path}
     if benchmark.kind == "ruler":
         options |= _lengths(name, settings, path)
+    notices = []
+    if benchmark.kind == "embedded" and settings.lengths:
+        options["lengths"] = list(settings.lengths)
+        if too_long := [length for length in settings.lengths if length > _positions(path)]:
+            notices.append(f"{name}: {too_long[0]} tokens are more than the {_positions(path)} positions of the model")
     options = {key: value for key, value in options.items() if value is not None}
     found = TaskManager(include_path=str(TASKS), include_defaults=False, metadata=options).load([name])
     task = found["tasks"][name]
-    notices = []
     settings = _set_generation(task, name, settings)
     if settings.num_samples < config.eval.num_samples or settings.seeds != config.eval.seeds:
         notices.append(
@@ -120,8 +124,12 @@ def _prepare(task: ConfigurableTask) -> None:
         task.set_config("num_fewshot", 0)
 
 
+def _positions(path: str) -> int:
+    return AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+
+
 def _lengths(name: str, settings: ReasoningConfig, path: str) -> dict[str, Any]:
-    positions = AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings
+    positions = _positions(path)
     lengths = settings.lengths or ruler.LENGTHS
     if too_long := [length for length in lengths if length > positions]:
         fit = ",".join(str(length) for length in lengths if length <= positions) or "<shorter ones>"

@@ -9,7 +9,7 @@ same reason the revision of a data set is called `data_revision`: `revision` is 
 
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -141,19 +141,23 @@ def load_livecodebench(prompt_style: str = "paper", **options: Any) -> dict[str,
     return as_split(map(document, livecodebench.problems(**wanted)))
 
 
-def load_tiny_ledger(num_problems: int = 64, length: int = 512, data_seed: int = 0, **_: Any) -> dict[str, Dataset]:
-    """Held-out problems of the family `ledger`, `length` tokens each: a pure function of the arguments."""
-    return _tiny("ledger", num_problems, length, data_seed)
+def load_tiny_ledger(
+    num_problems: int = 64, lengths: Sequence[int] = (), data_seed: int = 0, **_: Any
+) -> dict[str, Dataset]:
+    """Held-out problems of the family `ledger`, as `_tiny` makes them."""
+    return _tiny("ledger", num_problems, lengths, data_seed)
 
 
-def load_tiny_road(num_problems: int = 64, length: int = 512, data_seed: int = 0, **_: Any) -> dict[str, Dataset]:
-    """Held-out problems of the family `road`, `length` tokens each: a pure function of the arguments."""
-    return _tiny("road", num_problems, length, data_seed)
+def load_tiny_road(num_problems: int = 64, lengths: Sequence[int] = (), data_seed: int = 0, **_: Any) -> dict[str, Dataset]:
+    """Held-out problems of the family `road`, as `_tiny` makes them."""
+    return _tiny("road", num_problems, lengths, data_seed)
 
 
-def load_tiny_program(num_problems: int = 64, length: int = 512, data_seed: int = 0, **_: Any) -> dict[str, Dataset]:
-    """Held-out problems of the family `program`, `length` tokens each: a pure function of the arguments."""
-    return _tiny("program", num_problems, length, data_seed)
+def load_tiny_program(
+    num_problems: int = 64, lengths: Sequence[int] = (), data_seed: int = 0, **_: Any
+) -> dict[str, Dataset]:
+    """Held-out problems of the family `program`, as `_tiny` makes them."""
+    return _tiny("program", num_problems, lengths, data_seed)
 
 
 def as_split(rows: Iterable[Row]) -> dict[str, Dataset]:
@@ -184,11 +188,14 @@ def _aime(name: str, source: str | None, revision: str | None, prompt_style: str
     )
 
 
-def _tiny(family: str, num_problems: int, length: int, data_seed: int) -> dict[str, Dataset]:
+def _tiny(family: str, num_problems: int, lengths: Sequence[int], data_seed: int) -> dict[str, Dataset]:
+    """`num_problems` of 512 tokens, or of each of the `lengths` (`max_length` then): a pure function of the arguments."""
     from dms_lab.evaluation.hard import make_problems
 
     return as_split(
         {"id": f"{family}-{data_seed}-{length}-{number}", "prompt": problem.prompt, "answer": problem.answer}
+        | ({"max_length": length} if lengths else {})
+        for length in lengths or (512,)
         for number, problem in enumerate(make_problems(family, num_problems, length, data_seed))
     )
 
