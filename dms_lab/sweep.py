@@ -83,12 +83,16 @@ def _status(asked: argparse.Namespace, sweep, points) -> int:
 
 def _cancel(asked: argparse.Namespace, sweep, points) -> int:
     from dms_lab.sweeping import local, slurm
-    from dms_lab.sweeping.state import point_states
+    from dms_lab.sweeping.records import load_jobs
 
-    jobs = [state.job for state in point_states(sweep, points) if state.is_active and state.job is not None]
+    count = 0
     for module, cluster in ((slurm, "slurm"), (local, "local")):
-        module.cancel(sweep, [job for job in jobs if job.cluster == cluster])
-    print(f"{sweep.name}: {len(jobs)} jobs cancelled; the same submit goes on where they stopped")
+        jobs = [job for job in load_jobs(sweep) if job.cluster == cluster]
+        known = module.job_states(sweep, jobs)
+        active = [job for job in jobs if known[job.job_id].is_active]
+        module.cancel(sweep, active)
+        count += len(active)
+    print(f"{sweep.name}: {count} jobs cancelled; the same submit goes on where they stopped")
     return 0
 
 

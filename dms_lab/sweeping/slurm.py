@@ -3,10 +3,10 @@
 import json
 import os
 import pickle
-import shutil
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dms_lab.sweep_config import SweepConfig
@@ -71,50 +71,61 @@ def cancel(sweep: SweepConfig, jobs: Iterable[Submitted]) -> None:
 
 # -- what became of them -----------------------------------------------------------------------------------------------
 def job_states(sweep: SweepConfig, jobs: Iterable[Submitted]) -> dict[str, JobState]:
-    """What is known of each job, by its id: the queue first, then accounting, then what submitit left.
+    """What is known of each job, by its id: from the queue, which keeps a job for minutes after its end, and accounting.
 
-    Raises `ValueError` if the queue cannot be asked. A job that neither knows has the state ''.
+    Raises `ValueError` if the queue cannot be asked. A job that neither knows has the state '' and the reason for that.
     """
     ids = {job.job_id for job in jobs}
     if not ids:
         return {}
-    found = _accounted(ids)
-    for job_id, state in _queued(sweep).items():
-        if job_id in ids and state.is_active:  # newer than what accounting has
-            restarts = max(state.restarts, found[job_id].restarts if job_id in found else 0)
-            found[job_id] = JobState(state.state, restarts, state.elapsed, state.reason)
-    return {job_id: found.get(job_id, JobState("")) for job_id in ids}
+    queued = _queued(sweep)
+    accounted, why_not = _accounted(ids)
+    found = {}
+    for job_id in ids:
+        known = accounted.get(job_id, JobState("", reason=why_not))
+        state = queued.get(job_id)
+        if state is not None and (state.is_active or not known.state):  # else accounting has what the queue has
+            known = replace(state, restarts=max(state.restarts, known.restarts))
+        found[job_id] = known
+    return found
 
 
 def _queued(sweep: SweepConfig) -> dict[str, JobState]:
-    if shutil.which("squeue") is None:
-        raise ValueError("squeue is not installed here: ask for a sweep on Slurm where sbatch and squeue are")
-    fields = "JobArrayID:64,StateLong:.32,RestartCnt:.12,TimeUsed:.24,Reason:.64"
+    fields = "JobArrayID:64,State:32,RestartCnt:12,TimeUsed:24,Reason:64"
     text = _call("squeue", "--noheader", "--array", "--states=all", f"--name={job_name(sweep)}", f"--Format={fields}")
     found = {}
     for line in text.splitlines():
-        if len(words := line.split(None, 4)) >= 4:
-            job_id, state, restarts, elapsed = words[:4]
-            found[job_id] = JobState(state, int(restarts) if restarts.isdigit() else 0, elapsed, "".join(words[4:]).strip())
+        job_id, state, restarts, elapsed, *reason = line.split(None, 4)
+        found[job_id] = JobState(state, int(restarts), elapsed, "".join(reason).strip())
     return found
 
 
-def _accounted(ids: set[str]) -> dict[str, JobState]:
-    """The last state of each job in accounting, and how many runs of it ended before; {} without accounting."""
-    if shutil.which("sacct") is None:
-        return {}
+def _accounted(ids: set[str]) -> tuple[dict[str, JobState], str]:
+    """The last state of each job in accounting, and how many runs of it ended before; else why nothing is known."""
     arrays = ",".join(sorted({job_id.partition("_")[0] for job_id in ids}))
-    words = ("--noheader", "--parsable2", "--allocations", "--duplicates", "--array", "--format=JobID,State,Elapsed,Reason")
+    words = ("--noheader", "--parsable2", "--allocations", "--duplicates", "--format=JobID,State,Elapsed,Reason")
     try:
         text = _call("sacct", f"--jobs={arrays}", *words)
-    except ValueError:  # accounting is switched off, or does not answer: the queue and the files have to do
-        return {}
+    except ValueError as error:  # the queue and the files have to do
+        return {}, f"accounting has no answer ({error})"
     found: dict[str, JobState] = {}
     for line in text.splitlines():
-        job_id, state, elapsed, reason = (line.split("|") + [""] * 4)[:4]
-        runs = found[job_id].restarts + 1 if job_id in found else 0
-        found[job_id] = JobState(state.split()[0] if state else "", runs, elapsed, reason)  # "CANCELLED by 0"
-    return found
+        job_ids, state, elapsed, reason = line.split("|")
+        for job_id in _expanded(job_ids):
+            runs = found[job_id].restarts + 1 if job_id in found else 0
+            found[job_id] = JobState(state.split()[0], runs, elapsed, reason)  # "CANCELLED by 0"
+    return found, ""
+
+
+def _expanded(job_ids: str) -> Iterator[str]:
+    """`7_[0-2,5%4]`, as Slurm writes what waits of an array, one by one."""
+    array, bracket, members = job_ids.partition("_[")
+    if not bracket:
+        yield job_ids
+        return
+    for member in members.rstrip("]").partition("%")[0].split(","):
+        first, _, last = member.partition("-")
+        yield from (f"{array}_{index}" for index in range(int(first), int(last or first) + 1))
 
 
 def outcome(job: Submitted) -> tuple[str, str] | None:

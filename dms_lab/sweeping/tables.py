@@ -24,13 +24,14 @@ def console() -> Console:
 def print_states(sweep: SweepConfig, states: Sequence[PointState]) -> None:
     """A row a point, then why points failed, with the last lines of their logs, and how many stand where."""
     out = console()
-    table = Table("Point", "State", "Step", "CR", "Job", "Elapsed", "Overrides", title=sweep.question or sweep.name)
+    table = Table("Point", "State", "Step", "CR", "Job", "Elapsed", "Differs in", title=sweep.question or sweep.name)
+    common = set.intersection(*(set(state.point.overrides) for state in states))
     for state in states:
         step = f"{state.step or 0}/{state.steps}" if state.steps and state.state != "done" else ""
         cr = f"{state.cr:.2f}" if state.cr is not None and state.state != "done" else ""
         words = f"[{_COLOURS.get(state.state, 'default')}]{_words(state)}[/]"
         job = state.job.job_id if state.job and state.state != "done" else ""
-        table.add_row(state.point.name, words, step, cr, job, state.elapsed, escape(" ".join(state.point.overrides)))
+        table.add_row(state.point.name, words, step, cr, job, state.elapsed, escape(_differing(state, common)))
     out.print(table)
     for state in states:
         if state.state in ("failed", "unknown"):
@@ -45,8 +46,16 @@ def print_states(sweep: SweepConfig, states: Sequence[PointState]) -> None:
 
 def _words(state: PointState) -> str:
     """The state in words: how often a job was requeued, and what one waits for."""
+    times = f"requeued {state.restarts} time{'s' if state.restarts > 1 else ''}"
     if state.state == "requeued":
-        return f"requeued {state.restarts} time{'s' if state.restarts > 1 else ''}"
+        return times
+    if state.is_active and state.restarts:
+        return f"{state.state} ({times})"
     if state.state == "pending" and state.reason not in ("", "None"):
         return escape(f"pending ({state.reason})")
     return state.state
+
+
+def _differing(state: PointState, common: set[str]) -> str:
+    """The overrides that not every point has."""
+    return " ".join(word for word in state.point.overrides if word not in common)
