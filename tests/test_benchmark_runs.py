@@ -27,6 +27,7 @@ from dms_lab.tiny import tasks
 TASKS = tuple(f"dms_tiny_{family}" for family in tasks.FAMILIES)
 TINY = ModelConfig("tiny", str(models.EMBEDDED), 512, 16, 1e-3, 1e-4, 4, "float32", False)
 SAME = ("accuracy", "kv_reads", "peak_tokens", "kv_bytes_peak", "measured_cr", "tokens_generated", "num_problems")
+SAME += ("problem_scores",)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +114,11 @@ def test_it_agrees_to_the_digit_with_the_projects_own_evaluation(checkpoint, tmp
         for row in own:
             other = found[method, f"dms_tiny_{row.task}"]
             if method == "full":  # there the whole model is under the rule; here it runs as it is
-                assert other["accuracy"] == row.accuracy
+                assert (other["accuracy"], other["problem_scores"]) == (row.accuracy, row.problem_scores)
                 continue
             assert {name: other[name] for name in SAME} == {name: getattr(row, name) for name in SAME}
     assert found["dms", "dms_tiny_ledger"]["measured_cr"] > 1.1
+    assert {len(row["problem_scores"]) for row in found.values()} == {12}
 
 
 def test_a_shorter_limit_is_what_a_shorter_run_would_have_measured(checkpoint, tmp_path):
@@ -125,6 +127,9 @@ def test_a_shorter_limit_is_what_a_shorter_run_would_have_measured(checkpoint, t
     rows = points_of(tmp_path / "all")
     assert len(rows) == 12
     assert len({row["accuracy"] for row in rows}) > 2
+    for row in rows:
+        assert sum(row["problem_scores"]) / 6 == pytest.approx(row["accuracy"])
+    assert len({tuple(row["problem_scores"]) for row in rows}) > 4
     for limit in (20, 45):
         out = tmp_path / str(limit)
         evaluate_benchmarks(configure(checkpoint, out, width=(1, 3), max_tokens=(limit,), **sampled))

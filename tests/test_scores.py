@@ -327,6 +327,9 @@ def test_seeds_are_means_of_their_own_points_and_a_second_level_of_the_interval(
     assert found.maj.value == pytest.approx(np.mean([one.maj.value for one in alone]))
     rows = [scores.problem_accuracies(draw, 2)["maj"] for draw in draws]
     assert (found.maj.low, found.maj.high) == pareto.seeds_interval(rows)
+    assert found.problem_scores == tuple(np.mean(rows, 0))
+    best = [scores.problem_accuracies(draw, 2)["pass_all"] for draw in draws]
+    assert point(draws, 2, 8, "pass_all").problem_scores == tuple(np.mean(best, 0)) != found.problem_scores
     with pytest.raises(ValueError, match="all need the same problems"):
         point([draws[0], make_problems(11)], 2, 8, "maj")
 

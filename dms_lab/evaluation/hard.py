@@ -74,7 +74,8 @@ def evaluate_tasks(
             end_id=tokenizer.eos_token_id,
             batch_size=batch_size,
         )
-        right = sum(is_right(g, p, tokenizer) for g, p in zip(generated, found, strict=True))
+        scores = [float(is_right(g, p, tokenizer)) for g, p in zip(generated, found, strict=True)]
+        right = round(sum(scores))
         usage = accounting.usage(g.usage for g in generated)
         live.append(usage.live_tokens)
         low, high = pareto.wilson_interval(right, len(found))
@@ -93,6 +94,7 @@ def evaluate_tasks(
                 kv_bytes_peak=usage.kv_bytes_peak,
                 tokens_generated=usage.tokens_generated,
                 seconds=time.monotonic() - started,
+                problem_scores=scores,
             )
         )
     return results, sum(live) / len(live)

@@ -91,6 +91,7 @@ def _result(task: str, point: Point, label: Label, record: dict[str, Any]) -> Re
         truncation_rate=point.truncated,
         num_samples=point.num_chains,
         settings=record,
+        problem_scores=list(point.problem_scores),
     )
 
 

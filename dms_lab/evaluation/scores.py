@@ -65,6 +65,7 @@ class Point:
     `kv_reads`: of all chains of a problem together. `peak_tokens`: maximum over steps of the live slots of all, which start
     together and free their memory as they end. `kv_bytes_peak`: sum of the chains' own peaks, an upper bound, since they
     need not meet. These are means over problems. `tokens_generated`: mean of a chain. `measured_cr`: as in `accounting`.
+    `problem_scores`: each problem's accuracy by the headline, mean over draws, in the problems' order.
     """
 
     width: int
@@ -82,6 +83,7 @@ class Point:
     kv_bytes_peak: float
     tokens_generated: float
     measured_cr: float
+    problem_scores: tuple[float, ...]
 
     @property
     def accuracy(self) -> Estimate:
@@ -289,6 +291,7 @@ def point(
         kv_bytes_peak=width * cost.kv_bytes_peak,
         tokens_generated=cost.tokens_generated / cost.num_requests,
         measured_cr=cost.measured_cr,
+        problem_scores=tuple(means[headline].mean(0).tolist()),
     )
 
 
