@@ -16,8 +16,8 @@ from processes import kill, tasks
 # Points that take seconds: six of them, and `last.ckpt` is there after half the steps (GracefulStop saves every 50).
 WINDOWS, SEEDS = (2, 4, 8), (0, 1)
 POINT = (
-    "model=tiny steps=100 context=96 cr=4 cr_family=[4] batch_size=2 threads=1 log_every=10 "
-    "eval.num_problems=4 eval.length=128 eval.rivals=[streaming_llm] eval.held_out_tokens=512"
+    "model=tiny steps=100 context=64 cr=4 cr_family=[4] batch_size=1 threads=1 log_every=10 "
+    "eval.num_problems=4 eval.length=96 eval.rivals=[streaming_llm] eval.held_out_tokens=256"
 ).split()
 RESOURCES = {"cpus_per_task": 1, "mem_gb": 1, "gpus_per_node": 0, "array_parallelism": 2, "timeout_min": 10}
 # What a row says about the model: the same however often its job was disturbed.
@@ -84,6 +84,12 @@ class Lab:
         by_hash = {point.hash: point for point in self.points}
         self.jobs = [row["job_id"] for row in added]
         return [(by_hash[row["hash"]], row["job_id"]) for row in added]
+
+    def status(self) -> str:
+        """What `sweep status` shows: it ends with 1 where a point failed, and with 0 elsewhere."""
+        done = self.call("status", str(self.sweep))
+        assert (done.returncode, "failed" in done.stdout) in ((0, False), (1, True)), done.stdout + done.stderr
+        return done.stdout
 
     # -- how it goes on ------------------------------------------------------------------------------------------------
     def halt(self, submitted: Sequence[tuple[Any, str]], seconds: float = 120) -> dict[str, list[int]]:

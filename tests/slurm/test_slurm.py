@@ -50,7 +50,7 @@ def test_a_job_at_its_time_limit_is_queued_again_and_one_that_ignores_it_ends_as
     kill(halted[first], signal.SIGCONT)
     wait_until("the job is queued again", lambda: lab.cluster.restarts(first) == 1)
     assert lab.cluster.wait_for_jobs([first, second], 180) == {first: "COMPLETED", second: "TIMEOUT"}
-    assert "TIMEOUT" in lab.ask("status", str(lab.sweep))
+    assert "TIMEOUT" in lab.status()
     [(again, _)] = lab.submit()
     assert again.hash == deaf.hash
     lab.complete()
@@ -66,7 +66,7 @@ def test_a_step_that_is_killed_fails_its_job_and_a_resubmission_goes_on(lab: Lab
     before = lab.steps(point)[:5]
     kill(halted[job])
     assert lab.cluster.wait_for_jobs([job, fine]) == {job: "FAILED", fine: "COMPLETED"}
-    assert point.folder.rpartition("/")[2] in lab.ask("status", str(lab.sweep))
+    assert point.folder.rpartition("/")[2] in lab.status()
     [(again, _)] = lab.submit()
     assert again.hash == point.hash
     lab.complete()
@@ -144,7 +144,7 @@ def test_a_full_disk_fails_one_job_and_leaves_nothing_half_written(lab: Lab, und
         submitted = lab.submit()
         states = lab.cluster.wait_for_jobs(lab.jobs)
         assert [states[job] for _, job in submitted] == ["FAILED", "COMPLETED"]
-        assert "No space left on device" in lab.ask("status", str(lab.sweep))
+        assert "No space left on device" in lab.status()
         found = {path.name for path in lab.run_of(full).rglob("*")}
         assert not found & {"last.ckpt", "done.json", "results.jsonl", "dms.safetensors"}
         resize(lab.run_of(full), "64m")
@@ -163,7 +163,7 @@ def test_a_disk_that_is_full_when_results_are_written_costs_no_training(lab: Lab
         filler = fill(lab.run_of(point))
         kill(tasks(lab.cluster.conf, job), signal.SIGCONT)
         assert lab.cluster.wait_for_jobs([job]) == {job: "FAILED"}
-        assert "No space left on device" in lab.ask("status", str(lab.sweep))
+        assert "No space left on device" in lab.status()
         filler.unlink()
         lab.submit()
         lab.complete()
@@ -175,7 +175,7 @@ def test_a_point_that_fails_fails_in_slurm_and_is_shown_with_the_end_of_its_log(
     submitted = lab.submit()
     states = lab.cluster.wait_for_jobs(lab.jobs)
     assert [states[job] for _, job in submitted] == ["COMPLETED", "FAILED"]
-    shown = lab.ask("status", str(lab.sweep))
+    shown = lab.status()
     assert "FAILED" in shown
     assert "no weights for" in shown
     assert "/nowhere/at/all" in shown
