@@ -38,6 +38,15 @@ def num_rows(folder: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
+def drop_cut_off_line(folder: Path) -> None:
+    """Removes a last line of the results that a kill or a full disk cut off; what it was to say is measured again."""
+    path = folder / _RESULTS
+    if not path.is_file() or (content := path.read_bytes()).endswith(b"\n") or not content:
+        return
+    with path.open("r+b") as file:
+        file.truncate(content.rfind(b"\n") + 1)
+
+
 def _entries(folder: Path) -> list[dict[str, Any]]:
     """The entries of a record; none of one that something else has written."""
     try:

@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from dms_lab import models, plots, results, terminal
 from dms_lab.checkpoint import METADATA, read_metadata
 from dms_lab.config import ModelConfig, TrainConfig, config_hash, resolve
+from dms_lab.evaluation import evaluated
+from dms_lab.evaluation.partial import Partial
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.training.data import held_out_documents
 
@@ -54,10 +56,30 @@ def evaluate_run(
     `checkpoint` names one member, to evaluate that alone.
     """
     subject = subject_of(config, folder, checkpoints_of(checkpoint or folder, method_name(config)) | (others or {}))
+    record(evaluate(subject, _rivals_at(config, subject)), folder)
+
+
+def evaluate_once(config: TrainConfig, folder: Path) -> None:
+    """As `evaluate_run`, where that was not done with these settings yet; after a kill it goes on, and no row comes twice.
+
+    For one process at a time (`sweeping.job` locks the folder).
+    """
+    what = evaluated.own_evaluation(config)
+    if evaluated.is_recorded(folder, what):
+        return
+    evaluated.drop_cut_off_line(folder)
+    partial, before = Partial(folder, what), evaluated.num_rows(folder)
+    subject = subject_of(config, folder, checkpoints_of(folder, method_name(config)))
+    record(evaluate(subject, _rivals_at(config, subject), partial), folder, append=results.append_new)
+    evaluated.record(folder, what, evaluated.num_rows(folder) - before)
+    partial.remove()
+
+
+def _rivals_at(config: TrainConfig, subject: Subject) -> tuple[float, ...]:
+    """The CRs of the family at whose measured budgets untrained rivals are measured too."""
     if config.eval.rivals and not subject.knows_tasks:
         _log.info("no untrained rivals: they run on the generated tasks, and this run's evaluation is held-out text")
-    rivals_at = tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
-    record(evaluate(subject, rivals_at), folder)
+    return tuple(cr for cr in config.cr_family if cr > 2) or config.cr_family
 
 
 def subject_of(config: TrainConfig, folder: Path, checkpoints: dict[tuple[str, float], Path]) -> Subject:
@@ -74,14 +96,18 @@ def subject_of(config: TrainConfig, folder: Path, checkpoints: dict[tuple[str, f
     )
 
 
-def record(parts: Iterable[list[results.Result]], folder: Path) -> None:
+def record(
+    parts: Iterable[list[results.Result]],
+    folder: Path,
+    append: Callable[[Path, list[results.Result]], None] = results.append,
+) -> None:
     """Appends each part to `results.jsonl` as it is measured; ends with the table, and figures if there are accuracies."""
     console = terminal.console()
     path = folder / results.RESULTS
     found: list[results.Result] = []
     with console.status("evaluating") as status:
         for part in parts:
-            results.append(path, part)
+            append(path, part)
             found += part
             status.update(f"evaluated {part[0].method} at CR {part[0].target_cr:g}")
     import pandas as pd

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -55,22 +56,45 @@ class Job:
     calibration: tuple[tuple[int, ...], ...] = ()
 
 
-def evaluate(subject: Subject, rivals_at: tuple[float, ...]) -> Iterator[list[Result]]:
+class Kept(Protocol):
+    """Measurements of jobs that outlive the process; `evaluation.partial` has one in a file."""
+
+    def __contains__(self, job: Job) -> bool: ...
+    def __getitem__(self, job: Job) -> tuple[list[Result], float]: ...
+    def add(self, job: Job, measured: tuple[list[Result], float]) -> None: ...
+
+
+def evaluate(subject: Subject, rivals_at: tuple[float, ...], kept: Kept | None = None) -> Iterator[list[Result]]:
     """Yields the results of one method and budget after the other, `settings.workers` of them measured at a time.
 
-    Rivals are run at the live tokens that the method `dms` was measured at, for the target CRs in `rivals_at`.
+    Rivals are run at the live tokens that the method `dms` was measured at, for the target CRs in `rivals_at`. What is in
+    `kept` is not measured again, and what is measured is added to it.
     """
     checkpoints = sorted(subject.checkpoints.items(), key=lambda item: (item[0][0] != "dms", item[0]))
     trained = [Job("full", 1.0), *(Job(method, cr, checkpoint=folder) for (method, cr), folder in checkpoints)]
     budgets: dict[float, int] = {}
-    for job, (found, live) in measured(subject, trained):
+    for job, (found, live) in _missing_measured(subject, trained, kept):
         if job.method == "dms" and subject.knows_tasks:
             budgets[job.target_cr] = max(8, round(live))
         if found:
             yield found
     rivals = [Job(name, cr, budget=budgets[cr]) for cr in rivals_at if cr in budgets for name in subject.settings.rivals]
-    for _, (found, _) in measured(subject, rivals):
+    for _, (found, _) in _missing_measured(subject, rivals, kept):
         yield found
+
+
+def _missing_measured(
+    subject: Subject, jobs: list[Job], kept: Kept | None
+) -> Iterator[tuple[Job, tuple[list[Result], float]]]:
+    """As `measured`, of the jobs that are not in `kept`, and what that has of the others; in order."""
+    if kept is None:
+        yield from measured(subject, jobs)
+        return
+    new = measured(subject, [job for job in jobs if job not in kept])
+    for job in jobs:
+        if job not in kept:
+            kept.add(*next(new))
+        yield job, kept[job]
 
 
 def measured(subject: Subject, jobs: list[Job]) -> Iterator[tuple[Job, tuple[list[Result], float]]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_lab.config import TrainConfig, config_hash, resolve, run_folder
-from dms_lab.evaluation.evaluated import is_recorded, num_rows, own_evaluation, record
+from dms_lab.evaluation.evaluated import drop_cut_off_line, is_recorded, num_rows, own_evaluation, record
 from dms_lab.evaluation_config import resolve_evaluate
 from dms_lab.sweeping.points import Point, evaluation_hash
 
@@ -115,7 +115,8 @@ class Training:
         return Path(run_folder(self.config))
 
     def is_done(self) -> bool:
-        return (self.folder / DONE).is_file()
+        done = self.folder / DONE  # with out=, perhaps that of another run: then training refuses
+        return done.is_file() and json.loads(done.read_text())["config_hash"] == config_hash(self.config)
 
     def run(self) -> None:
         _train(self.config)
@@ -135,13 +136,11 @@ class OwnEvaluation:
         return is_recorded(self.folder, own_evaluation(self.config))
 
     def run(self) -> None:
-        from dms_lab.evaluation.report import evaluate_run
+        from dms_lab.evaluation.report import evaluate_once
         from dms_lab.terminal import quiet
 
         quiet()
-        before = num_rows(self.folder)
-        evaluate_run(self.config, self.folder)
-        record(self.folder, own_evaluation(self.config), num_rows(self.folder) - before)
+        evaluate_once(self.config, self.folder)
 
 
 @dataclass(frozen=True)
@@ -174,6 +173,7 @@ class Benchmarks:
             torch.set_num_threads(self.config.threads)
         from dms_lab.evaluation.reasoning import evaluate_benchmarks
 
+        drop_cut_off_line(self.folder)
         before = num_rows(self.folder)
         evaluate_benchmarks(self.config)
         record(self.folder, self._what, num_rows(self.folder) - before)
