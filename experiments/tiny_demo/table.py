@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from dms_lab import results
-from dms_lab.plots import STYLE, pareto_figures
+from dms_lab.plots import display_name, pareto_figures, sorting_key
 from dms_lab.tiny.tasks import FAMILIES
 
 files = [Path(name) for name in sys.argv[1:]] or sorted(Path(__file__).parent.glob("results_seed*.jsonl"))
@@ -29,8 +29,7 @@ def spread(values: pd.Series, digits: int = 1, factor: float = 1.0) -> str:
 print(f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {frame['num_problems'].max()} problems a family and seed\n")
 print("| CR | method | measured | " + " | ".join(FAMILIES) + " | mean | text ppl | KV reads | peak |")
 print("|---" * (8 + len(FAMILIES)) + "|")
-order = list(STYLE)
-for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lambda g: (g[0][0], order.index(g[0][1]))):
+for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lambda g: (g[0][0], sorting_key(g[0][1]))):
     tasks, text = rows[rows["accuracy"].notna()], rows[rows["perplexity"].notna()]
     by_seed = tasks.groupby("seed")
     cells = [spread(tasks[tasks["task"] == family]["accuracy"], factor=100) for family in FAMILIES]
@@ -38,7 +37,7 @@ for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lam
     measured = spread(by_seed["measured_cr"].mean(), 2)
     cost = [f"{by_seed[name].mean().mean():.0f}" for name in ("kv_reads", "peak_tokens")]
     perplexity = spread(text["perplexity"], 2)
-    print(f"| {cr:g} | {STYLE[method][3]} | {measured} | " + " | ".join([*cells, mean, perplexity, *cost]) + " |")
+    print(f"| {cr:g} | {display_name(method)} | {measured} | " + " | ".join([*cells, mean, perplexity, *cost]) + " |")
 
 if len(sys.argv) == 1:
     with tempfile.TemporaryDirectory() as folder:
