@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dms_lab import pareto
-from dms_lab.comparison.points import BUDGETS, MeasuredPoint, curves_of, label, measured_points, on_frontier
+from dms_lab.comparison.points import BUDGETS, MeasuredPoint, curves_of, label, measured_points, on_frontier, table_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,7 @@ def margins(frame: "pd.DataFrame", against: str = "full", by: str | None = None,
                 cells = pair.cells()
                 row["low"], row["high"] = pareto.margin_interval(*cells, axis) if cells else _UNKNOWN
         rows.append(row)
-    return _table(rows)
+    return table_of(rows)
 
 
 def equal_accuracy(
@@ -95,7 +95,7 @@ def equal_accuracy(
         if not found:
             what = dict.fromkeys(("accuracy", "at", "needed", "ratio", "at_least", "low", "high"), math.nan)
             rows.append(pair.head | _who(None) | what | {"status": "no baseline"})
-    return _table(rows)
+    return table_of(rows)
 
 
 def equal_budget(frame: "pd.DataFrame", against: str = "full", by: str | None = None, axis: str = "log2") -> "pd.DataFrame":
@@ -117,7 +117,7 @@ def equal_budget(frame: "pd.DataFrame", against: str = "full", by: str | None = 
         if not found:
             what = dict.fromkeys(("at", "accuracy", "against_accuracy", "difference", "low", "high"), math.nan)
             rows.append(pair.head | _who(None) | what)
-    return _table(rows)
+    return table_of(rows)
 
 
 def _pairs(frame: "pd.DataFrame", against: str, by: str | None) -> Iterator[Pair]:
@@ -159,12 +159,3 @@ def _who(point: MeasuredPoint | None) -> dict[str, Any]:
     if point is None:
         return {"against_cr": math.nan, "against_width": None, "against_max_tokens": None}
     return {"against_cr": point.target_cr, "against_width": point.width, "against_max_tokens": point.max_tokens}
-
-
-def _table(rows: list[dict[str, Any]]) -> "pd.DataFrame":
-    import pandas as pd
-
-    table = pd.DataFrame(rows)
-    for name in table.columns.intersection(["against_width", "against_max_tokens"]):
-        table[name] = table[name].astype(object).where(table[name].notna(), None)
-    return table

@@ -115,7 +115,7 @@ class MeasuredPoint:
             "variant": self.variant,
             "tasks": self.tasks,
             "target_cr": self.target_cr,
-            "budget_tokens": value if kind == "budget" else None,
+            "budget_tokens": int(value) if kind == "budget" else None,
             "width": self.width,
             "max_tokens": self.max_tokens,
             "accuracy": self.accuracy,
@@ -137,15 +137,21 @@ def curve_points(frame: "pd.DataFrame") -> "pd.DataFrame":
     mean of the text rows, NaN without; a point that has nothing else has no tasks. `is_frontier_*`: no other point of its
     curve (of any CR) is as accurate for no more. Intervals: `MeasuredPoint.interval`.
     """
-    import pandas as pd
-
     points = measured_points(frame)
-    table = pd.DataFrame([point.row() for point in points])
-    for name in ("max_tokens", "budget_tokens"):
-        table[name] = table[name].astype(object).where(table[name].notna(), None)
+    table = table_of([point.row() for point in points])
     for budget in BUDGETS[:2]:
         on = {id(point) for curve in curves_of(points, budget).values() for point in on_frontier(curve, budget)}
         table[f"is_frontier_{budget}"] = [id(point) in on for point in points]
+    return table
+
+
+def table_of(rows: list[Row]) -> "pd.DataFrame":
+    """Rows as a frame, whole numbers beside None as they are."""
+    import pandas as pd
+
+    table = pd.DataFrame(rows)
+    for name in table.columns.intersection(["max_tokens", "budget_tokens", "against_width", "against_max_tokens"]):
+        table[name] = pd.Series([row[name] for row in rows], dtype=object)
     return table
 
 
