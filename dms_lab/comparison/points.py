@@ -55,10 +55,30 @@ class MeasuredPoint:
         return self.model, self.method, self.variant, self.tasks
 
     @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that say what was kept: those with an accuracy, of texts where there are none."""
+        return self.answered or self.texts
+
+    @property
     def target_cr(self) -> float:
         """The compression that was asked for; of a rule with a budget the mean over tasks."""
         kind, value = self.dial
-        return value if kind == "cr" else _mean(self.answered or self.texts, "target_cr")
+        return value if kind == "cr" else _mean(self.rows, "target_cr")
+
+    @property
+    def measured_cr(self) -> float:
+        """The compression that was reached, mean over tasks and seeds."""
+        return _mean(self.rows, "measured_cr")
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that it is the mean of."""
+        return sorted({row["seed"] for row in self.rows})
+
+    @property
+    def num_draws(self) -> int:
+        """How many times chains were drawn for each seed."""
+        return max(1, *(len(row["sampling_seeds"]) for row in self.rows))
 
     def mean(self, name: str) -> float:
         """The mean of a column over tasks of the mean over seeds; NaN if any row lacks it."""
@@ -97,7 +117,7 @@ class MeasuredPoint:
 
     def _of_shares(self) -> tuple[float, float]:
         """Of the rows' own intervals; seeds that had the same problems are no independent evidence."""
-        by_task = _grouped(self.answered, lambda row: row["task"])
+        by_task = grouped(self.answered, lambda row: row["task"])
         tasks = [_share_of_rows(rows) for rows in by_task.values()]
         if not tasks or any(math.isnan(end) for task in tasks for end in task):
             return math.nan, math.nan
@@ -108,7 +128,6 @@ class MeasuredPoint:
         low, high = self.interval()
         counted = {(row["task"], problem_set(row)): row["num_problems"] for row in self.answered}
         kind, value = self.dial
-        rows = self.answered or self.texts
         return {
             "model": self.model,
             "method": self.method,
@@ -122,9 +141,9 @@ class MeasuredPoint:
             "accuracy_low": low,
             "accuracy_high": high,
             "perplexity": _mean(self.texts, "perplexity"),
-            "measured_cr": _mean(rows, "measured_cr"),
+            "measured_cr": self.measured_cr,
             **{name: self.mean(name) for name in BUDGETS},
-            "num_seeds": len({row["seed"] for row in rows}),
+            "num_seeds": len(self.seeds),
             "num_problems": sum(counted.values()),
         }
 
@@ -162,7 +181,7 @@ def measured_points(frame: "pd.DataFrame") -> list[MeasuredPoint]:
     """
     if not len(frame):
         raise ValueError("there are no results to compare; load some first")
-    groups = _grouped(frame.to_dict("records"), _key)
+    groups = grouped(frame.to_dict("records"), _key)
     found = []
     for key, rows in sorted(groups.items(), key=lambda item: _sortable(item[0])):
         answered = sorted((row for row in rows if not is_missing(row["accuracy"])), key=_row_order)
@@ -175,7 +194,7 @@ def measured_points(frame: "pd.DataFrame") -> list[MeasuredPoint]:
 def curves_of(points: Iterable[MeasuredPoint], budget: str, by_dial: bool = False) -> dict[tuple, list[MeasuredPoint]]:
     """Points by curve, of those with an accuracy and this budget; with `by_dial` each setting is a curve of its own."""
     usable = (point for point in points if point.tasks and point.mean(budget) > 0)
-    return _grouped(usable, lambda point: (*point.curve, point.dial) if by_dial else point.curve)
+    return grouped(usable, lambda point: (*point.curve, point.dial) if by_dial else point.curve)
 
 
 def on_frontier(points: list[MeasuredPoint], budget: str) -> list[MeasuredPoint]:
@@ -212,10 +231,8 @@ def _row_order(row: Row) -> tuple:
 
 def _mean(rows: Iterable[Row], name: str) -> float:
     tasks = [
-        np.mean(
-            [np.mean([_number(row[name]) for row in seed]) for seed in _grouped(task, lambda row: row["seed"]).values()]
-        )
-        for task in _grouped(rows, lambda row: row["task"]).values()
+        np.mean([np.mean([_number(row[name]) for row in seed]) for seed in grouped(task, lambda row: row["seed"]).values()])
+        for task in grouped(rows, lambda row: row["task"]).values()
     ]
     return float(np.mean(tasks)) if tasks else math.nan
 
@@ -223,13 +240,13 @@ def _mean(rows: Iterable[Row], name: str) -> float:
 def _share_of_rows(rows: list[Row]) -> tuple[float, float, float]:
     """Accuracy and interval of one task over seeds: ends are averaged over seeds with the same problems."""
     names = ("accuracy", "accuracy_low", "accuracy_high")
-    sets = [[_mean(part, name) for name in names] for part in _grouped(rows, problem_set).values()]
+    sets = [[_mean(part, name) for name in names] for part in grouped(rows, problem_set).values()]
     low, high = pareto.mean_interval(*zip(*sets, strict=True))
     return _mean(rows, "accuracy"), low, high
 
 
 def _scores_by_task(cells: list[Cell]) -> Iterable[set[float]]:
-    for part in _grouped(cells, lambda cell: cell.task).values():
+    for part in grouped(cells, lambda cell: cell.task).values():
         yield {score for cell in part for score in cell.scores}
 
 
@@ -237,7 +254,8 @@ def _number(value: Any) -> float:
     return math.nan if is_missing(value) else float(value)
 
 
-def _grouped(items: Iterable, key: Callable[[Any], Hashable]) -> dict[Any, list]:
+def grouped(items: Iterable, key: Callable[[Any], Hashable]) -> dict[Any, list]:
+    """Items by key, in order."""
     found: dict[Any, list] = {}
     for item in items:
         found.setdefault(key(item), []).append(item)

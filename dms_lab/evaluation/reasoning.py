@@ -16,10 +16,11 @@ from typing import Any
 import lm_eval
 
 from dms_lab import models, plots, results, terminal
+from dms_lab.comparison.suspicions import longest, score_suspicions, truncation_suspicions
 from dms_lab.config import ModelConfig, config_hash
 from dms_lab.evaluation import points
 from dms_lab.evaluation.attached import Attached, identity_of
-from dms_lab.evaluation.benchmarks import BENCHMARKS, TOLERANCE, Graders, check_graders
+from dms_lab.evaluation.benchmarks import BENCHMARKS, Graders, check_graders
 from dms_lab.evaluation.dialled import dialled_jobs
 from dms_lab.evaluation.hard import Label
 from dms_lab.evaluation.lm import DmsLM, UnansweredError
@@ -31,8 +32,6 @@ from dms_lab.evaluation.suite import Job, checkpoints_of, loaded, policy_of
 from dms_lab.evaluation_config import EvaluateConfig
 
 SAMPLES = "samples"
-_FULL_LENGTH = 32768  # tokens; scores of shorter chains are not compared with published ones
-_MANY_TRUNCATED = 0.2
 
 
 @dataclass(frozen=True)
@@ -226,28 +225,7 @@ def suspicions(found: Sequence[results.Result], what: Plan) -> Iterator[str]:
 
     Both at the longest limit; scores of a part of a task, or of shorter chains than the published ones, are not compared.
     """
-    longest: dict[tuple, results.Result] = {}
-    for row in found:
-        name = (row.task, row.method, row.settings.get("budget") or row.target_cr)
-        if (row.max_tokens or 0) > (longest[name].max_tokens if name in longest else 0):  # none of lm-eval's own have one
-            longest[name] = row
-    for row in longest.values():
-        yield from _score_suspicion(row, what)
-        if row.truncation_rate and row.truncation_rate > _MANY_TRUNCATED:
-            yield (
-                f"{100 * row.truncation_rate:.0f} % of the chains of {row.method} on {row.task} ran out of "
-                f"{row.max_tokens} tokens"
-            )
-
-
-def _score_suspicion(row: results.Result, what: Plan) -> Iterator[str]:
-    expected = BENCHMARKS[row.task].full_score(what.model.name, what.model.path) if row.task in BENCHMARKS else None
-    if expected is None or row.method != "full" or what.config.limit is not None or row.max_tokens < _FULL_LENGTH:
-        return
-    value, low, high = (100 * x for x in row.metrics["avg"])
-    if high < expected - TOLERANCE or low > expected + TOLERANCE:
-        yield (
-            f"{row.model} with full attention scores {value:.1f} % [{low:.0f}-{high:.0f}] on {row.task}, published is "
-            f"{expected:g}: outside {TOLERANCE:g} points, so suspect the pipeline (template, sampling, grading, "
-            "truncation) before the method"
-        )
+    for row in longest(map(vars, found)):
+        known = BENCHMARKS.get(row["task"]) if what.config.limit is None else None
+        yield from score_suspicions(row, known.full_score(what.model.name, what.model.path) if known else None)
+        yield from truncation_suspicions(row)
