@@ -81,6 +81,16 @@ def _status(asked: argparse.Namespace, sweep, points) -> int:
     return int(any(state.state == "failed" for state in states))
 
 
+def _collect(asked: argparse.Namespace, sweep, points) -> int:
+    from dms_lab.sweeping.collect import collect
+
+    num_rows, missing = collect(sweep, points)
+    print(f"{sweep.results}: {num_rows} rows of {len(points) - len(missing)} points")
+    for point in missing:
+        print(f"missing: {point.name} ({' '.join(point.overrides)})", file=sys.stderr)
+    return int(asked.strict and bool(missing))
+
+
 def _cancel(asked: argparse.Namespace, sweep, points) -> int:
     from dms_lab.sweeping import local, slurm
     from dms_lab.sweeping.records import load_jobs

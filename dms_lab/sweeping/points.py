@@ -20,6 +20,7 @@ from dms_lab.sweeping.composition import Composer
 
 # Overrides that a variant is not named by: the first have a column of their own in the results, the rest decide nothing.
 _NOT_A_VARIANT = {"model", "method", "cr", "seed", "eval", "out", "tracking", "threads", "log_every", "resume", "sweep"}
+OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points together
 _NOT_A_VARIANT |= {"eval_after", "devices", "num_nodes", "strategy", "policy", "budget", "tasks", "limit", "store"}
 
 
@@ -61,7 +62,7 @@ class Point:
 
 def evaluation_hash(config: EvaluateConfig) -> str:
     """12 hex digits over everything that decides the results of an evaluation."""
-    passing = ("out", "store", "threads", "regrade", "sandbox", "i_trust_the_code")
+    passing = ("out", "store", "threads", "regrade", "sandbox", "i_trust_the_code", "tracking", "sweep")
     kept = {key: value for key, value in asdict(config).items() if key not in passing}
     kept["eval"] = {key: value for key, value in kept["eval"].items() if key not in ("places", "num_pages", "graders")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
@@ -82,11 +83,22 @@ def expand(sweep: SweepConfig) -> list[Point]:
 
 def _points(composer: Composer, part: Part, where: str, sweep: str) -> Iterator[Point]:
     with _told(where):
+        _check_words(part.overrides)
         check_overrides(part.overrides, valid_keys() if part.command == "train" else evaluate_keys())
         combinations = composer.product(part.overrides)
     for words in combinations:
         with _told(f"{where}, {' '.join(words)}"):
-            yield _trained(composer, words, part.then, sweep) if part.command == "train" else _evaluated(composer, words)
+            if part.command == "train":
+                yield _trained(composer, words, part.then, sweep)
+            else:
+                yield _evaluated(composer, words, sweep)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raises `ValueError` for what is said of all points together."""
+    for word in words:
+        if word.lstrip("+~").partition("=")[0].split(".")[0] in OF_ALL:
+            raise ValueError(f"{word} is said of a whole sweep; it stands in the sweep's file, as cluster: and resources:")
 
 
 @contextmanager
@@ -98,21 +110,21 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _trained(composer: Composer, words: Sequence[str], then: Sequence[Sequence[str]], sweep: str) -> Point:
-    composed = composer.compose("train", words) | {"sweep": sweep}
+    composed = _of_a_point(composer.compose("train", words)) | {"sweep": sweep}
     config = resolve(composed)
     folder = run_folder(config)
     after = tuple(_evaluation(composer, with_lists(list(asked)), folder) for asked in then)
     return Point("train", composed, config, folder, config_hash(config), tuple(words), after)
 
 
-def _evaluated(composer: Composer, words: Sequence[str]) -> Point:
+def _evaluated(composer: Composer, words: Sequence[str], sweep: str) -> Point:
     made = _evaluation(composer, words, None)
     config = made.config
     subject = f"{config.model.name}-{config.policy}" if config.checkpoint is None else "checkpoint"
     subject += f"-{config.budget}" if config.budget else ""
     folder = config.out or f"runs/evaluate-{subject}-{made.hash}"
-    composed = made.composed | {"out": folder}
-    return Point("evaluate", composed, replace(config, out=folder), folder, made.hash, tuple(words))
+    composed = made.composed | {"out": folder, "sweep": sweep}
+    return Point("evaluate", composed, replace(config, out=folder, sweep=sweep), folder, made.hash, tuple(words))
 
 
 def _evaluation(composer: Composer, words: Sequence[str], checkpoint: str | None) -> Evaluation:
@@ -124,7 +136,8 @@ def _evaluation(composer: Composer, words: Sequence[str], checkpoint: str | None
         raise ValueError(
             f"evaluation [{', '.join(words)}] needs eval=reasoning; a run's own evaluation is part of its training's point"
         )
-    composed = composer.compose("evaluate", words)
+    _check_words(words)
+    composed = _of_a_point(composer.compose("evaluate", words))
     if checkpoint is not None:
         composed["checkpoint"] = checkpoint
     config = resolve_evaluate(composed)
@@ -133,6 +146,11 @@ def _evaluation(composer: Composer, words: Sequence[str], checkpoint: str | None
             f"shard={config.shard[0]}/{config.shard[1]} leaves results to another run; leave it out in a sweep"
         )
     return Evaluation(composed, config, tuple(words))
+
+
+def _of_a_point(composed: dict[str, Any]) -> dict[str, Any]:
+    """A composed configuration without what is said of a whole sweep."""
+    return {key: value for key, value in composed.items() if key not in OF_ALL}
 
 
 def _joined(known: Point, point: Point) -> Point:

@@ -93,13 +93,13 @@ def _ended(point: Point, job: Submitted, found: JobState, progress: dict[str, An
     if found.state in _STOPPED:
         return PointState(point, "stopped", reason=found.state, **progress)
     if found.state == "COMPLETED":  # for all that was asked when it was submitted
-        return PointState(point, "missing", reason="more is asked of it than when it was submitted", **progress)
+        return PointState(point, "missing", reason="more is asked than was submitted", **progress)
     left = slurm.outcome(job) if job.cluster == "slurm" else None
     if found.state in _FAILED or (left is not None and left[0] == "error"):
         log = tail(Path(job.log), LOG_LINES)
         return PointState(point, "failed", reason=_reason(found, left, log), log=log, **progress)
     if left is not None:
-        return PointState(point, "missing", reason="more is asked of it than when it was submitted", **progress)
+        return PointState(point, "missing", reason="more is asked than was submitted", **progress)
     told = found.reason or "neither the queue nor accounting (sacct) knows the job, and it left no result"
     return PointState(point, "unknown", reason=told, log=tail(Path(job.log), LOG_LINES), **progress)
 

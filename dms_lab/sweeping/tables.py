@@ -51,8 +51,8 @@ def _words(state: PointState) -> str:
         return times
     if state.is_active and state.restarts:
         return f"{state.state} ({times})"
-    if state.state == "pending" and state.reason not in ("", "None"):
-        return escape(f"pending ({state.reason})")
+    if state.state in ("pending", "missing") and state.reason not in ("", "None"):
+        return escape(f"{state.state} ({state.reason})")
     return state.state
 
 
