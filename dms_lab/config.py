@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,6 +136,7 @@ class TrainConfig:
 # These change where a run goes or how it is watched, not what comes out of it.
 _NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval", "sweep"}
 _NOT_HASHED |= {"devices", "num_nodes", "strategy"}
+_FREE = ("cluster.sizes.", "cluster.size_of.", "cluster.additional_parameters.")  # what they hold, nobody can list
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
 
@@ -142,21 +144,32 @@ _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false"
 # -- keys and types ----------------------------------------------------------------------------------------------------
 def valid_keys() -> tuple[str, ...]:
     """Every key of a training command line: top-level ones, then `group.key`."""
-    top = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps_per_cr", "experiment"}
-    return (*sorted(top), *(f"{g}.{f.name}" for g, schema in _GROUPS.items() for f in dataclasses.fields(schema)))
+    top = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps_per_cr", "experiment", "search", "cluster"}
+    inner = (f"{g}.{f.name}" for g, schema in _GROUPS.items() for f in dataclasses.fields(schema))
+    return (*sorted(top), *inner, *cluster_keys())
+
+
+def cluster_keys() -> tuple[str, ...]:
+    """What a command line may say of the jobs of a sweep, `cluster.partition` and the like."""
+    from dms_lab.sweep_config import Resources
+
+    return tuple(f"cluster.{f.name}" for f in dataclasses.fields(Resources))
 
 
 def check_overrides(overrides: Sequence[str], known: Sequence[str]) -> None:
     """Raises `ValueError` for the first `key=value` whose key is not `known`, with the nearest name and the valid ones.
 
     For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. Flags and the `hydra`
-    group are left to Hydra.
+    group are left to Hydra, and the members of `cluster.sizes` and the like. Of a key of a group, the group's are listed.
     """
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
-        if word.startswith("-") or "=" not in word or key in known or key.split(".")[0] == "hydra":
+        if word.startswith("-") or "=" not in word or key in known or re.split("[./]", key)[0] == "hydra":
             continue
-        raise ValueError(_unknown(key, known))
+        if "cluster" in known and key.startswith(_FREE):
+            continue
+        group = [name for name in known if "." in key and name.startswith(key.partition(".")[0] + ".")]
+        raise ValueError(_unknown(key, group or known))
 
 
 def _unknown(key: str, known: Sequence[str]) -> str:
@@ -205,7 +218,7 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     `steps=null` becomes `neuron_zeroing_steps + steps_per_cr * (cr - 1) / ramp`; members of `cr_family` above `cr` are
     dropped, `cr` is added. Raises `ValueError` with one full sentence for the first thing that is wrong.
     """
-    values = dict(cfg)
+    values = {key: value for key, value in cfg.items() if key != "cluster"}  # where it runs, not what
     if values.get("model", {}).get("path") in (None, "???"):
         raise ValueError("model.path is not given; use model=hf model.path=<hub id or local folder>")
     if {"tasks", "width"} <= set(values["eval"]):
@@ -253,6 +266,7 @@ def validate(config: TrainConfig) -> None:
         )
     if config.predictor == "neuron":
         _check_neuron(config)
+    _check_processes(config)
     if config.data.kind in ("text", "jsonl") and not config.data.path:
         raise ValueError(f"data={config.data.kind} needs data.path=<file, folder or glob>")
     if config.data.decontaminate and config.data.kind != "openr1_math":
@@ -326,6 +340,22 @@ def _check_neuron(config: TrainConfig) -> None:
         raise ValueError(
             f"neuron_zeroing_steps={config.neuron_zeroing_steps} leave nothing of steps={config.steps}: eviction is "
             "learned after the neuron has faded; raise steps or lower neuron_zeroing_steps"
+        )
+
+
+def num_processes(config: TrainConfig) -> int:
+    """Processes that train one run together, each on a device."""
+    return config.devices * config.num_nodes
+
+
+def _check_processes(config: TrainConfig) -> None:
+    size, given = num_processes(config), config.accumulate
+    if given % size:
+        divisors = ", ".join(str(n) for n in range(1, given + 1) if given % n == 0)
+        raise ValueError(
+            f"accumulate={given} cannot be shared by {size} processes (devices={config.devices}, "
+            f"num_nodes={config.num_nodes}): it counts the micro-batches of a step over all of them; use a multiple of "
+            f"{size}, such as {-(-given // size) * size}, or so many processes that it is one: {divisors}"
         )
 
 

@@ -19,32 +19,13 @@ from dms_lab.train import CONFIG_PATH, command_line
 def main(cfg: DictConfig) -> None:
     """Lists the tasks, runs benchmarks, or evaluates a run's family and its rivals; appends to `results.jsonl`."""
     from dms_lab.evaluation.sandbox import SandboxError
-    from dms_lab.terminal import quiet
+    from dms_lab.multirun import is_multirun, run_point
 
+    if is_multirun():
+        run_point(cfg, run if cfg.get("eval") is None else None)
+        return
     try:
-        if cfg.tasks == "list":
-            from dms_lab.evaluation.listing import print_tasks
-
-            print_tasks()
-            return
-        if cfg.get("eval") is None:
-            quiet()
-            evaluate_again(cfg)
-            return
-        os.environ["TQDM_DISABLE"] = (
-            "1"  # read on import; lm-eval draws a bar for everything, `progress` one that says more
-        )
-        quiet()
-        from dms_lab.evaluation_config import resolve_evaluate
-
-        config = resolve_evaluate(OmegaConf.to_container(cfg, resolve=True))
-        if config.threads is not None:
-            import torch
-
-            torch.set_num_threads(config.threads)
-        from dms_lab.evaluation.reasoning import evaluate_benchmarks
-
-        evaluate_benchmarks(config)
+        run(cfg)
     except (ValueError, SandboxError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -52,10 +33,37 @@ def main(cfg: DictConfig) -> None:
         sys.exit(130)
 
 
+def run(cfg: DictConfig) -> None:
+    """Does what the configuration asks; raises `ValueError` or `SandboxError` for what is wrong."""
+    from dms_lab.terminal import quiet
+
+    if cfg.tasks == "list":
+        from dms_lab.evaluation.listing import print_tasks
+
+        print_tasks()
+        return
+    if cfg.get("eval") is None:
+        quiet()
+        evaluate_again(cfg)
+        return
+    os.environ["TQDM_DISABLE"] = "1"  # read on import; lm-eval draws a bar for everything, `progress` one that says more
+    quiet()
+    from dms_lab.evaluation_config import resolve_evaluate
+
+    config = resolve_evaluate(OmegaConf.to_container(cfg, resolve=True))
+    if config.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    from dms_lab.evaluation.reasoning import evaluate_benchmarks
+
+    evaluate_benchmarks(config)
+
+
 def evaluate_again(cfg: DictConfig) -> None:
     """The evaluation that a run ends with, once more."""
     from dms_lab.evaluation.report import evaluate_run, load_config, run_of
-    from dms_lab.evaluation_config import ratios
+    from dms_lab.evaluation_config import ratios, tracking_of
 
     if cfg.checkpoint is None:
         raise ValueError("give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning for benchmarks")
@@ -70,7 +78,7 @@ def evaluate_again(cfg: DictConfig) -> None:
         torch.set_num_threads(cfg.threads)
     place = Path(cfg.checkpoint)
     folder = run_of(place)
-    config = load_config(folder)
+    config = dataclasses.replace(load_config(folder), tracking=tracking_of(cfg.tracking))
     if cfg.num_problems is not None:
         config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, num_problems=cfg.num_problems))
     if cfg.cr is not None:

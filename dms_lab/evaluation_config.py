@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from dms_lab.config import ModelConfig, build
+from dms_lab.config import CHOICES, ModelConfig, build, cluster_keys
 from dms_lab.generation_config import base_config, check_subject
 
 SANDBOXES = ("bubblewrap", "none")
@@ -84,6 +84,8 @@ class EvaluateConfig:
     threads: int | None
     cr: tuple[float, ...] = ()
     calibrate: str | None = None
+    tracking: str = "none"
+    sweep: str | None = None
 
 
 _TOP = (
@@ -101,6 +103,7 @@ _TOP = (
     "i_trust_the_code",
     "regrade",
     "threads",
+    "tracking",
 )
 LISTS = ("tasks", "cr", *(f"eval.{name}" for name in ("tasks", "width", "max_tokens", "seeds", "sources", "lengths")))
 
@@ -109,7 +112,7 @@ def evaluate_keys() -> tuple[str, ...]:
     """Every key of a command line of `dms_lab.evaluate`."""
     groups = (("eval", ReasoningConfig), ("model", ModelConfig))
     inner = (f"{group}.{f.name}" for group, schema in groups for f in dataclasses.fields(schema))
-    return (*sorted((*_TOP, "num_problems", "eval", "model")), *inner)
+    return (*sorted((*_TOP, "num_problems", "eval", "model", "sweep", "cluster")), *inner, *cluster_keys())
 
 
 def with_lists(words: list[str]) -> list[str]:
@@ -134,9 +137,16 @@ def ratios(value: Any) -> tuple[float, ...]:
     return tuple(map(float, members))
 
 
+def tracking_of(value: str) -> str:
+    """`tracking=` as given, if there is such a choice; `ValueError` else."""
+    if value not in CHOICES["tracking"]:
+        raise ValueError(f"tracking={value!r} is not known; choose one of {', '.join(CHOICES['tracking'])}")
+    return value
+
+
 def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
     """A complete configuration of a benchmark run from a composed one; `ValueError` for the first thing that is wrong."""
-    values = {key: value for key, value in cfg.items() if key not in ("data", "num_problems")}
+    values = {key: value for key, value in cfg.items() if key not in ("data", "num_problems", "cluster")}
     if cfg.get("num_problems") is not None:
         raise ValueError(
             "num_problems= is for a run's own evaluation; with eval=reasoning use limit=<problems of each task>"
@@ -156,6 +166,7 @@ def resolve_evaluate(cfg: dict[str, Any]) -> EvaluateConfig:
     values |= {"eval": reasoning, "model": base_config(values.get("model")), "shard": _shard(values.get("shard"))}
     config = build(EvaluateConfig, values, "")
     check_subject(config.model, config.checkpoint, config.policy, config.budget)
+    tracking_of(config.tracking)
     _check_reasoning(reasoning)
     if config.sandbox not in SANDBOXES:
         raise ValueError(f"sandbox={config.sandbox!r} is not known; choose one of {', '.join(SANDBOXES)}")

@@ -18,6 +18,7 @@ LAYERS = [
     {"attention", "cache"},
     {"policies"},
     {
+        "sharding",
         "structure",
         "lora",
         "attention_function",
@@ -32,7 +33,7 @@ LAYERS = [
     },
     {"training", "evaluation", "results", "plots", "tracking", "terminal", "answers"}
     | {"sweeping", "comparison", "published", "economics", "html_report", "inspection"},
-    {"train", "evaluate", "demo", "pretrain", "preview", "generate", "harness", "sweep", "__main__"},
+    {"multirun", "train", "evaluate", "demo", "pretrain", "preview", "generate", "harness", "sweep", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

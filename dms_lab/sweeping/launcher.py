@@ -1,0 +1,63 @@
+"""What Hydra's Slurm launcher asks for: the same as `dms_lab.sweep submit`, as far as it can ask once for all points.
+
+Hydra composes the launcher's configuration before it knows the points: of `model=a,b` and other swept keys it has the
+defaults, and only what is not swept can be interpolated. So it is filled in here, from the points themselves.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dms_lab.sweep_config import SweepConfig
+from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
+from dms_lab.sweeping.slurm import job_name
+
+
+def set_launcher(config: DictConfig, sweep: SweepConfig, points: Sequence[Point]) -> None:
+    """Has `config.hydra.launcher` ask for what the points need; `ValueError` if they need different things.
+
+    What the command line says of `hydra.launcher` itself is left as it is.
+    """
+    if not points:
+        raise ValueError("cluster=slurm runs trainings and eval=reasoning; a run's own evaluation is part of its training")
+    kinds: dict[str, tuple[Point, dict[str, Any]]] = {}
+    for point in points:
+        asked = _parameters(point, sweep)
+        kinds.setdefault(json.dumps(asked, sort_keys=True), (point, asked))
+    (first, asked), *others = kinds.values()
+    if others:
+        other, its = others[0]
+        keys = sorted(key for key in asked | its if asked.get(key) != its.get(key) and key != "srun_args")
+        raise ValueError(
+            f"Hydra asks Slurm once, for equal jobs, but {' '.join(first.overrides)} needs {_named(keys, asked)}, "
+            f"{' '.join(other.overrides)} {_named(keys, its)}. Call once for each, say what all get (cluster.{keys[0]}=);"
+            " or a sweep file and python -m dms_lab.sweep submit give each its own"
+        )
+    given = {word.partition("=")[0].lstrip("+~") for word in config.hydra.overrides.hydra}
+    ours = {key: value for key, value in asked.items() if f"hydra.launcher.{key}" not in given}
+    config.hydra.launcher = OmegaConf.to_container(config.hydra.launcher, resolve=False) | ours
+
+
+def _parameters(point: Point, sweep: SweepConfig) -> dict[str, Any]:
+    """The launcher's parameters for one point, by the names that the launcher has for them."""
+    resources = resources_of(point, sweep, load_cluster("slurm"))
+    found = {"gpus_per_node": None} | slurm_parameters(point, resources, job_name(sweep))
+    named = {key.removeprefix("slurm_"): value for key, value in found.items()}
+    return named | {"max_num_timeout": resources.max_num_timeout}
+
+
+def _named(keys: Sequence[str], values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={values.get(key)}" for key in keys)
+
+
+def check_local(points: Sequence[Point]) -> None:
+    """Raises `ValueError` if a point needs more than the one process that Hydra's own launcher has for all."""
+    for point in points:
+        if getattr(point.config, "devices", 1) * getattr(point.config, "num_nodes", 1) > 1:
+            raise ValueError(
+                f"{' '.join(point.overrides)}: a run of several processes cannot be a point of a sweep in this one; add "
+                "cluster=slurm, or use python -m dms_lab.sweep submit, which starts them"
+            )
