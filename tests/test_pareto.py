@@ -54,6 +54,81 @@ def test_methods_without_a_common_budget_have_no_margin():
     assert math.isnan(pareto.margin([1, 2], [0.1, 0.2], [4, 8], [0.1, 0.2]))
 
 
+# Budgets far enough apart to be told apart on the log2 axis.
+RISING = st.lists(st.integers(1, 500), min_size=2, max_size=7, unique=True).map(sorted)
+
+
+@settings(deadline=None)
+@given(RISING, RISING, st.sampled_from(pareto.AXES), st.floats(0, 1))
+def test_on_a_rising_frontier_accuracy_and_budget_lead_to_each_other(budgets, accuracies, axis, where):
+    x, y = (values[: min(len(budgets), len(accuracies))] for values in (budgets, accuracies))
+    budget = x[0] + where * (x[-1] - x[0])
+    accuracy = pareto.accuracy_at(x, y, budget, axis)
+    assert pareto.budget_at(x, y, accuracy, axis) == pytest.approx(budget)
+    assert pareto.accuracy_at(x, y, x, axis) == pytest.approx(y)
+    assert pareto.budget_at(x, y, y, axis) == pytest.approx(x)
+
+
+@settings(deadline=None)
+@given(POINTS, st.lists(st.floats(0, 1), min_size=3, max_size=3).map(sorted), st.sampled_from(pareto.AXES))
+def test_areas_add_up_over_intervals_that_touch(points, places, axis):
+    x, y = zip(*points, strict=True)
+    ends = np.asarray(x)[pareto.frontier(x, y)[[0, -1]]]
+    a, b, c = (float(np.clip(ends[0] + place * (ends[1] - ends[0]), *ends)) for place in places)
+    whole = pareto.area(x, y, a, c, axis)
+    assert whole == pytest.approx(pareto.area(x, y, a, b, axis) + pareto.area(x, y, b, c, axis), abs=1e-9)
+    assert pareto.area(x, y, b, b, axis) == 0
+
+
+@settings(deadline=None)
+@given(POINTS, POINTS, st.sampled_from(pareto.AXES))
+def test_a_margin_is_the_area_between_the_curves_over_what_both_cover(a, b, axis):
+    a, b = tuple(zip(*a, strict=True)), tuple(zip(*b, strict=True))
+    low, high = pareto.common_interval(*a, *b)
+    found = pareto.margin(*a, *b, axis)
+    assert math.isnan(found) == math.isnan(low) == math.isnan(high)
+    length = high - low if axis == "linear" else np.log2(high) - np.log2(low)
+    if length > 1e-6:
+        between = pareto.area(*a, low, high, axis) - pareto.area(*b, low, high, axis)
+        assert found == pytest.approx(between / length, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(POINTS, st.randoms(), st.sampled_from(pareto.AXES))
+def test_the_order_of_points_does_not_matter(points, random, axis):
+    mixed = random.sample(points, len(points))
+    (x, y), (u, v) = zip(*points, strict=True), zip(*mixed, strict=True)
+    assert pareto.margin(x, y, [1, 5000], [0.2, 0.3], axis) == pytest.approx(
+        pareto.margin(u, v, [1, 5000], [0.2, 0.3], axis), nan_ok=True
+    )
+    at = sorted(x)[len(x) // 2]
+    assert pareto.accuracy_at(x, y, at, axis) == pytest.approx(pareto.accuracy_at(u, v, at, axis), nan_ok=True)
+
+
+def test_areas_and_readings_by_hand():
+    x, y = [1, 4, 2, 16], [0.0, 0.5, 0.0, 0.75]  # 2 is on no frontier: as accurate as 1 and dearer
+    assert pareto.area(x, y, 1, 16) == pytest.approx(2 * 0.25 + 2 * 0.625)
+    assert pareto.area(x, y, 1, 16, "linear") == pytest.approx(3 * 0.25 + 12 * 0.625)
+    assert pareto.accuracy_at(x, y, [2, 8]).tolist() == pytest.approx([0.25, 0.625])
+    assert pareto.accuracy_at(x, y, 2, "linear") == pytest.approx(0.5 / 3)
+    assert pareto.budget_at(x, y, 0.25) == pytest.approx(2)
+    assert pareto.common_interval(x, y, [0.5, 8, 9], [0.1, 0.2, 0.2]) == (1, 8)
+
+
+def test_nothing_is_read_beyond_the_ends_of_a_frontier():
+    x, y = [2, 8, 32], [0.3, 0.6, 0.5]  # the frontier ends at 8: more budget was worse
+    assert np.isnan(pareto.accuracy_at(x, y, [1.99, 8.01, 32])).all()
+    assert np.isnan(pareto.budget_at(x, y, [0.29, 0.61])).all()
+    assert pareto.accuracy_at(x, y, [2, 8]).tolist() == pytest.approx([0.3, 0.6])
+    assert pareto.budget_at(x, y, [0.3, 0.6]).tolist() == pytest.approx([2, 8])
+    assert math.isnan(pareto.area(x, y, 1.9, 4))
+    assert math.isnan(pareto.area(x, y, 4, 9))
+    with pytest.raises(ValueError, match="ends in the wrong order"):
+        pareto.area(x, y, 4, 3)
+    with pytest.raises(ValueError, match="no place on a log2 axis"):
+        pareto.accuracy_at(x, y, 0)
+
+
 def test_points_that_cannot_stand_on_the_axis_are_refused():
     for budget, accuracy in (([], []), ([1, 2], [math.nan, 0.2]), ([math.inf], [0.2])):
         with pytest.raises(ValueError, match="finite"):

@@ -104,7 +104,7 @@ def interval_of(values: np.ndarray) -> tuple[float, float]:
     known = values[~np.isnan(values)]
     if len(known) < _ENOUGH * len(values) or not len(known):
         return math.nan, math.nan
-    low, high = np.quantile(known, [0.025, 0.975], method="inverted_cdf")  # no mean of a number and infinity
+    low, high = np.quantile(known, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -114,9 +114,10 @@ def margin_interval(
     """95 % interval of `margin` of A over B: what it might have been with other seeds and other problems of this kind.
 
     In each resample the frontiers, their common interval and the margin are found anew. NaN where the curves do not meet
-    in more than 5 % of them. Known limits: few seeds show too little of their spread (short by sqrt(1 - 1/seeds)), and
-    scores that are all 0 or all 1 are drawn as just that; with many points a frontier is picked among lucky ones, in the
-    measurement as in the resamples. Source: Owen 2007, The pigeonhole bootstrap; the pairing as in any paired bootstrap.
+    in more than 5 % of them. Known limits: few seeds show too little of their spread (short by sqrt(1 - 1/seeds)), while
+    the noise of problems counts up to twice; scores that are all 0 or all 1 are drawn as just that; with many points a
+    frontier is picked among lucky ones, in the measurement as in the resamples. Source: Owen 2007, The pigeonhole
+    bootstrap.
     """
     return interval_of(resample((a, b), lambda *curves: margin(*curves, axis), num_resamples, seed))
 
