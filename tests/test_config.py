@@ -50,7 +50,7 @@ def test_the_issue_s_models_and_published_recipes_are_all_there():
     )
     assert {e.removeprefix("paper_") for e in EXPERIMENTS} == {
         *("llama32_1b", "qwen_r1_1_5b", "qwen_r1_7b", "qwen_r1_32b", "qwen3_8b"),
-        "reference_recipe",
+        *("reference_recipe", "tiny_recipe"),
     }
 
 
@@ -95,7 +95,9 @@ def test_the_reference_recipe_reaches_8_at_step_238_and_16_at_step_510():
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_the_command_line_has_the_last_word_over_an_experiment(experiment):
-    config = build(f"experiment={experiment}", "model=qwen3_0_6b", "window=128", "cr=4", "steps=3000", "lr=1e-4")
+    config = build(
+        f"experiment={experiment}", "model=qwen3_0_6b", "window=128", "cr=4", "steps=3000", "lr=1e-4", "model.dtype=float32"
+    )
     assert (config.model.name, config.window, config.cr, config.lr) == ("qwen3_0_6b", 128, 4.0, 1e-4)
 
 
