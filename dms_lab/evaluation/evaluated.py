@@ -1,6 +1,7 @@
 """What was evaluated in a folder and stands in its `results.jsonl`: `evaluated.json`, read in no time and without torch."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ _RESULTS = "results.jsonl"  # as in `results`
 def own_evaluation(config: TrainConfig) -> dict[str, Any]:
     """What the evaluation at the end of a run is asked; how many processes measured does not count."""
     return {"eval": {key: value for key, value in asdict(config.eval).items() if key != "workers"}}
+
+
+def dialled_evaluation(config: TrainConfig, ratios: Sequence[float], text: str | None) -> dict[str, Any]:
+    """What an own evaluation at other ratios is asked; `text` is what it was calibrated on."""
+    return own_evaluation(config) | {"cr": list(ratios), "calibrate": text}
 
 
 def is_recorded(folder: Path, what: dict[str, Any]) -> bool:

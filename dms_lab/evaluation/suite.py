@@ -73,20 +73,20 @@ def evaluate(subject: Subject, rivals_at: tuple[float, ...], kept: Kept | None =
     checkpoints = sorted(subject.checkpoints.items(), key=lambda item: (item[0][0] != "dms", item[0]))
     trained = [Job("full", 1.0), *(Job(method, cr, checkpoint=folder) for (method, cr), folder in checkpoints)]
     budgets: dict[float, int] = {}
-    for job, (found, live) in _missing_measured(subject, trained, kept):
+    for job, (found, live) in not_measured_yet(subject, trained, kept):
         if job.method == "dms" and subject.knows_tasks:
             budgets[job.target_cr] = max(8, round(live))
         if found:
             yield found
     rivals = [Job(name, cr, budget=budgets[cr]) for cr in rivals_at if cr in budgets for name in subject.settings.rivals]
-    for _, (found, _) in _missing_measured(subject, rivals, kept):
+    for _, (found, _) in not_measured_yet(subject, rivals, kept):
         yield found
 
 
-def _missing_measured(
+def not_measured_yet(
     subject: Subject, jobs: list[Job], kept: Kept | None
 ) -> Iterator[tuple[Job, tuple[list[Result], float]]]:
-    """As `measured`, of the jobs that are not in `kept`, and what that has of the others; in order."""
+    """As `measured`, but what is in `kept` is not measured again, and what is measured is added to it; in order."""
     if kept is None:
         yield from measured(subject, jobs)
         return

@@ -9,7 +9,6 @@ A done point is found so before torch is imported. Run by submitit as a pickled 
 import fcntl
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -19,20 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dms_lab.config import TrainConfig, config_hash, resolve, run_folder
-from dms_lab.evaluation.evaluated import drop_cut_off_line, is_recorded, num_rows, own_evaluation, record
-from dms_lab.evaluation_config import resolve_evaluate
-from dms_lab.sweeping.points import Point, evaluation_hash
+from dms_lab.config import TrainConfig, config_hash, resolve
+from dms_lab.sweeping.evaluations import evaluation_hash, resolve_evaluation
+from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.steps import OwnEvaluation, Step, StoppedError, Training, evaluation_step
 
-DONE = "done.json"  # as `training.run` writes it
 LOCK = "run.lock"
 _PATIENCE_SECONDS = 60.0
-
-
-class StoppedError(RuntimeError):
-    """A signal ended the job early; what it saved is where the next job for the point goes on."""
-
-    exit_code = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -77,13 +69,13 @@ class PointJob:
         """The folder of the point."""
         return self.steps()[0].folder
 
-    def steps(self) -> list["Training | OwnEvaluation | Benchmarks"]:
+    def steps(self) -> list[Step]:
         """What there is to do for the point, in order."""
-        then = [Benchmarks(resolve_evaluate(composed)) for composed in self.then]
         if self.command == "evaluate":
-            return [Benchmarks(resolve_evaluate(self.composed))]
+            return [evaluation_step(resolve_evaluation(self.composed))]
         config = resolve(self.composed)
         own = [OwnEvaluation(config)] if config.eval_after else []
+        then = [evaluation_step(resolve_evaluation(composed), config) for composed in self.then]
         return [Training(config), *own, *then]
 
     def check(self) -> None:
@@ -101,95 +93,6 @@ def job_of(point: Point, root: Path) -> PointJob:
     """The job that completes a point of a sweep whose folders lie below `root`."""
     then = tuple(evaluation.composed for evaluation in point.then)
     return PointJob(str(root.absolute()), point.command, point.hash, point.composed, then)
-
-
-# -- steps -------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Training:
-    """The training of a point."""
-
-    config: TrainConfig
-
-    @property
-    def folder(self) -> Path:
-        return Path(run_folder(self.config))
-
-    def is_done(self) -> bool:
-        done = self.folder / DONE  # with out=, perhaps that of another run: then training refuses
-        return done.is_file() and json.loads(done.read_text())["config_hash"] == config_hash(self.config)
-
-    def run(self) -> None:
-        _train(self.config)
-
-
-@dataclass(frozen=True)
-class OwnEvaluation:
-    """The evaluation at the end of a training."""
-
-    config: TrainConfig
-
-    @property
-    def folder(self) -> Path:
-        return Path(run_folder(self.config))
-
-    def is_done(self) -> bool:
-        return is_recorded(self.folder, own_evaluation(self.config))
-
-    def run(self) -> None:
-        from dms_lab.evaluation.report import evaluate_once
-        from dms_lab.terminal import quiet
-
-        quiet()
-        evaluate_once(self.config, self.folder)
-
-
-@dataclass(frozen=True)
-class Benchmarks:
-    """A run of `dms_lab.evaluate` on benchmarks, whose sample store is where it goes on."""
-
-    config: Any
-
-    @property
-    def folder(self) -> Path:
-        if self.config.out:
-            return Path(self.config.out)
-        place = Path(self.config.checkpoint)
-        return place.parent.parent if (place / "dms.json").is_file() else place
-
-    def is_done(self) -> bool:
-        return is_recorded(self.folder, self._what)
-
-    @property
-    def _what(self) -> dict[str, Any]:
-        return {"benchmarks": evaluation_hash(self.config), "tasks": list(self.config.eval.tasks)}
-
-    def run(self) -> None:
-        from dms_lab.terminal import quiet
-
-        quiet()
-        if self.config.threads is not None:
-            import torch
-
-            torch.set_num_threads(self.config.threads)
-        from dms_lab.evaluation.reasoning import evaluate_benchmarks
-
-        drop_cut_off_line(self.folder)
-        before = num_rows(self.folder)
-        evaluate_benchmarks(self.config)
-        record(self.folder, self._what, num_rows(self.folder) - before)
-
-
-def _train(config: TrainConfig) -> None:
-    from dms_lab import models
-    from dms_lab.terminal import quiet
-
-    quiet()
-    models.resolve_path(config.model.path)
-    from dms_lab.training.run import train
-
-    outcome = train(config, progress=False)
-    if not outcome.finished:
-        raise StoppedError(f"stopped by {outcome.stopped_by}; the next job for {outcome.folder} goes on from there")
 
 
 def _rank() -> int:

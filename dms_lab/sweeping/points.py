@@ -6,36 +6,20 @@ Nothing is stored of them: the same file gives the same points. Every error of e
 is submitted.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dms_lab.config import TrainConfig, check_overrides, config_hash, resolve, run_folder, valid_keys
-from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, resolve_evaluate, with_lists
+from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, with_lists
 from dms_lab.sweep_config import Part, SweepConfig
 from dms_lab.sweeping.composition import Composer
+from dms_lab.sweeping.evaluations import OF_ALL, Evaluation, check_words, evaluation_of
 
 # Overrides that a variant is not named by: the first have a column of their own in the results, the rest decide nothing.
 _NOT_A_VARIANT = {"model", "method", "cr", "seed", "eval", "out", "tracking", "threads", "log_every", "resume", "sweep"}
-OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points together
 _NOT_A_VARIANT |= {"eval_after", "devices", "num_nodes", "strategy", "policy", "budget", "tasks", "limit", "store"}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A run of `dms_lab.evaluate` on benchmarks: its composed words, and what they come to."""
-
-    composed: dict[str, Any] = field(repr=False)
-    config: EvaluateConfig = field(repr=False)
-    words: tuple[str, ...]
-
-    @property
-    def hash(self) -> str:
-        """12 hex digits over everything that decides its results."""
-        return evaluation_hash(self.config)
 
 
 @dataclass(frozen=True)
@@ -60,14 +44,6 @@ class Point:
         return self.folder.rstrip("/").rpartition("/")[2]
 
 
-def evaluation_hash(config: EvaluateConfig) -> str:
-    """12 hex digits over everything that decides the results of an evaluation."""
-    passing = ("out", "store", "threads", "regrade", "sandbox", "i_trust_the_code", "tracking", "sweep")
-    kept = {key: value for key, value in asdict(config).items() if key not in passing}
-    kept["eval"] = {key: value for key, value in kept["eval"].items() if key not in ("places", "num_pages", "graders")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def expand(sweep: SweepConfig) -> list[Point]:
     """Every point of a sweep once, in the order of the file; `ValueError` names the first part and point that is wrong."""
     found: dict[str, Point] = {}
@@ -83,7 +59,7 @@ def expand(sweep: SweepConfig) -> list[Point]:
 
 def _points(composer: Composer, part: Part, where: str, sweep: str) -> Iterator[Point]:
     with _told(where):
-        _check_words(part.overrides)
+        check_words(part.overrides)
         check_overrides(part.overrides, valid_keys() if part.command == "train" else evaluate_keys())
         combinations = composer.product(part.overrides)
     for words in combinations:
@@ -92,13 +68,6 @@ def _points(composer: Composer, part: Part, where: str, sweep: str) -> Iterator[
                 yield _trained(composer, words, part.then, sweep)
             else:
                 yield _evaluated(composer, words, sweep)
-
-
-def _check_words(words: Sequence[str]) -> None:
-    """Raises `ValueError` for what is said of all points together."""
-    for word in words:
-        if word.lstrip("+~").partition("=")[0].split(".")[0] in OF_ALL:
-            raise ValueError(f"{word} is said of a whole sweep; it stands in the sweep's file, as cluster: and resources:")
 
 
 @contextmanager
@@ -110,47 +79,24 @@ def _told(where: str) -> Iterator[None]:
 
 
 def _trained(composer: Composer, words: Sequence[str], then: Sequence[Sequence[str]], sweep: str) -> Point:
-    composed = _of_a_point(composer.compose("train", words)) | {"sweep": sweep}
+    composed = composer.compose("train", words)
+    composed = {key: value for key, value in composed.items() if key not in OF_ALL} | {"sweep": sweep}
     config = resolve(composed)
     folder = run_folder(config)
-    after = tuple(_evaluation(composer, with_lists(list(asked)), folder) for asked in then)
-    return Point("train", composed, config, folder, config_hash(config), tuple(words), after)
+    after = []
+    for asked in then:
+        with _told(f"then [{', '.join(asked)}]"):
+            after.append(evaluation_of(composer, with_lists(list(asked)), sweep, folder))
+    return Point("train", composed, config, folder, config_hash(config), tuple(words), tuple(after))
 
 
 def _evaluated(composer: Composer, words: Sequence[str], sweep: str) -> Point:
-    made = _evaluation(composer, words, None)
+    made = evaluation_of(composer, words, sweep)
     config = made.config
     subject = f"{config.model.name}-{config.policy}" if config.checkpoint is None else "checkpoint"
     subject += f"-{config.budget}" if config.budget else ""
     folder = config.out or f"runs/evaluate-{subject}-{made.hash}"
-    composed = made.composed | {"out": folder, "sweep": sweep}
-    return Point("evaluate", composed, replace(config, out=folder, sweep=sweep), folder, made.hash, tuple(words))
-
-
-def _evaluation(composer: Composer, words: Sequence[str], checkpoint: str | None) -> Evaluation:
-    """An evaluation by its words, of `checkpoint` if that is given."""
-    check_overrides(words, evaluate_keys())
-    if checkpoint is not None and any(word.lstrip("+").startswith(("checkpoint=", "policy=", "out=")) for word in words):
-        raise ValueError(f"then [{', '.join(words)}]: the run and its folder are given already; leave them out")
-    if not any(word.startswith("eval=") for word in words):
-        raise ValueError(
-            f"evaluation [{', '.join(words)}] needs eval=reasoning; a run's own evaluation is part of its training's point"
-        )
-    _check_words(words)
-    composed = _of_a_point(composer.compose("evaluate", words))
-    if checkpoint is not None:
-        composed["checkpoint"] = checkpoint
-    config = resolve_evaluate(composed)
-    if config.shard != (1, 1):
-        raise ValueError(
-            f"shard={config.shard[0]}/{config.shard[1]} leaves results to another run; leave it out in a sweep"
-        )
-    return Evaluation(composed, config, tuple(words))
-
-
-def _of_a_point(composed: dict[str, Any]) -> dict[str, Any]:
-    """A composed configuration without what is said of a whole sweep."""
-    return {key: value for key, value in composed.items() if key not in OF_ALL}
+    return Point("evaluate", made.composed | {"out": folder}, replace(config, out=folder), folder, made.hash, tuple(words))
 
 
 def _joined(known: Point, point: Point) -> Point:

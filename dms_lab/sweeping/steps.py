@@ -1,0 +1,157 @@
+"""What there is to do for a point, one step after the other. Whether a step is done is read from files, without torch."""
+
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dms_lab.config import TrainConfig, run_folder
+from dms_lab.evaluation.evaluated import (
+    dialled_evaluation,
+    drop_cut_off_line,
+    is_recorded,
+    num_rows,
+    own_evaluation,
+    record,
+)
+from dms_lab.evaluation_config import EvaluateConfig
+from dms_lab.sweeping.evaluations import DialConfig, evaluation_hash
+
+DONE = "done.json"  # as `training.run` writes it
+
+
+class StoppedError(RuntimeError):
+    """A signal ended the job early; what it saved is where the next job for the point goes on."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training of a point."""
+
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(run_folder(self.config))
+
+    def is_done(self) -> bool:
+        return (self.folder / DONE).is_file()
+
+    def run(self) -> None:
+        """Trains, or goes on; raises `StoppedError` if a signal ended it."""
+        from dms_lab import models
+        from dms_lab.terminal import quiet
+
+        quiet()
+        models.resolve_path(self.config.model.path)
+        from dms_lab.training.run import train
+
+        outcome = train(self.config, progress=False)
+        if not outcome.finished:
+            raise StoppedError(f"stopped by {outcome.stopped_by}; the next job for {outcome.folder} goes on from there")
+
+
+@dataclass(frozen=True)
+class OwnEvaluation:
+    """The evaluation at the end of a training."""
+
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(run_folder(self.config))
+
+    def is_done(self) -> bool:
+        return is_recorded(self.folder, own_evaluation(self.config))
+
+    def run(self) -> None:
+        """Evaluates the run's family and its rivals, or goes on."""
+        from dms_lab.evaluation.once import evaluate_once
+        from dms_lab.terminal import quiet
+
+        quiet()
+        evaluate_once(self.config, self.folder)
+
+
+@dataclass(frozen=True)
+class Dialled:
+    """The own evaluation of a run at other ratios than it was trained to."""
+
+    config: DialConfig
+    run_config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(run_folder(self.run_config))
+
+    def is_done(self) -> bool:
+        return is_recorded(self.folder, dialled_evaluation(self._asked(), self.config.cr, self.config.calibrate))
+
+    def run(self) -> None:
+        """Evaluates at each ratio, or goes on."""
+        from dms_lab.evaluation.once import evaluate_dialled_once
+        from dms_lab.terminal import quiet
+
+        quiet()
+        _set_threads(self.config.threads)
+        evaluate_dialled_once(self._asked(), self.folder, self.config.cr, self.config.calibrate)
+
+    def _asked(self) -> TrainConfig:
+        """The run's configuration, with the number of problems asked for."""
+        config = self.run_config
+        if self.config.num_problems is None:
+            return config
+        return replace(config, eval=replace(config.eval, num_problems=self.config.num_problems))
+
+
+@dataclass(frozen=True)
+class Benchmarks:
+    """A run of `dms_lab.evaluate` on benchmarks, whose sample store is where it goes on."""
+
+    config: EvaluateConfig
+
+    @property
+    def folder(self) -> Path:
+        if self.config.out:
+            return Path(self.config.out)
+        place = Path(self.config.checkpoint)
+        return place.parent.parent if (place / "dms.json").is_file() else place
+
+    def is_done(self) -> bool:
+        return is_recorded(self.folder, self._what)
+
+    @property
+    def _what(self) -> dict[str, Any]:
+        return {"benchmarks": evaluation_hash(self.config), "tasks": list(self.config.eval.tasks)}
+
+    def run(self) -> None:
+        """Generates and grades what the store does not have."""
+        os.environ["TQDM_DISABLE"] = "1"  # read on import; a log needs no bars
+        from dms_lab.terminal import quiet
+
+        quiet()
+        _set_threads(self.config.threads)
+        from dms_lab.evaluation.reasoning import evaluate_benchmarks
+
+        drop_cut_off_line(self.folder)
+        before = num_rows(self.folder)
+        evaluate_benchmarks(self.config)
+        record(self.folder, self._what, num_rows(self.folder) - before)
+
+
+Step = Training | OwnEvaluation | Dialled | Benchmarks
+
+
+def evaluation_step(config: EvaluateConfig | DialConfig, run: TrainConfig | None = None) -> Step:
+    """The step of an evaluation, of `run` if it follows a training."""
+    return Dialled(config, run) if isinstance(config, DialConfig) else Benchmarks(config)
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
