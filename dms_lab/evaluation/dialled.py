@@ -73,4 +73,4 @@ def evaluate_dialled(config: TrainConfig, folder: Path, place: Path, ratios: Seq
     """A run's own evaluation of its checkpoint at other ratios; appends to `results.jsonl`, prints the table."""
     jobs = dialled_jobs(place, ratios, config, text, models.load_tokenizer(config.model))
     subject = subject_of(config, folder, {})
-    record((found for _, (found, _) in measured(subject, jobs)), folder)
+    record((found for _, (found, _) in measured(subject, jobs)), folder, tracking=config.tracking)

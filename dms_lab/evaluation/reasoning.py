@@ -18,7 +18,7 @@ import lm_eval
 from dms_lab import models, plots, results, terminal
 from dms_lab.comparison.suspicions import longest, score_suspicions, truncation_suspicions
 from dms_lab.config import ModelConfig, config_hash
-from dms_lab.evaluation import points
+from dms_lab.evaluation import examples, points
 from dms_lab.evaluation.attached import Attached, identity_of
 from dms_lab.evaluation.benchmarks import BENCHMARKS, Graders, check_graders
 from dms_lab.evaluation.dialled import dialled_jobs
@@ -30,6 +30,7 @@ from dms_lab.evaluation.sandbox import SandboxLimits
 from dms_lab.evaluation.store import SampleStore
 from dms_lab.evaluation.suite import Job, checkpoints_of, loaded, policy_of
 from dms_lab.evaluation_config import EvaluateConfig
+from dms_lab.tracking import evaluation_id, log_evaluations
 
 SAMPLES = "samples"
 
@@ -120,6 +121,8 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
         console.print(f"part {part} of {parts} is in {what.samples}; when all are, run without shard= for the results")
     elif found:
         _show(found, what)
+        if config.tracking == "wandb":
+            log_evaluations(path, {evaluation_id(vars(row)) for row in found}, config.sweep)
     if failures:
         raise ValueError("; ".join(failures))
 
@@ -177,13 +180,16 @@ def _evaluate_task(
         lms.append(_language_model(attached, seed, store, graders, task))
         scored = _run(lms[-1], task, config)
     record = task.record() | {"limit": config.limit, "budget": budget}
-    if task.benchmark is None:
-        return [] if config.shard[1] > 1 else points.foreign_results(task, scored, lms[0], label, record)
     if config.shard[1] > 1:
-        for lm in lms:
+        for lm in lms if task.benchmark else ():
             points.grade(lm, settings, config.regrade)
         return []
-    return points.results_of(task.name, lms, settings, label, record, budget, config.regrade)
+    if task.benchmark is None:
+        found = points.foreign_results(task, scored, lms[0], label, record)
+    else:
+        found = points.results_of(task.name, lms, settings, label, record, budget, config.regrade)
+    examples.keep(what.folder / examples.EXAMPLES, examples.examples_of(lms[0], label, record))
+    return found
 
 
 def _language_model(attached: Attached, seed: int, store: SampleStore, graders: Graders, task: LoadedTask) -> DmsLM:

@@ -1,0 +1,69 @@
+"""A comparison in W&B: points and margins as tables, accuracy against KV reads as a chart and as a figure, the report."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dms_lab import results
+from dms_lab.tracking.evaluation import plain
+from dms_lab.tracking.run import Label, WandbRun
+from dms_lab.tracking.tables import cell, table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BUDGET = "kv_reads"
+MOST_FIGURES = 24  # models and sets of tasks that are drawn
+_SHOWN = ["method", "variant", "target_cr", "width", "max_tokens", BUDGET, "accuracy"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was compared: frames of `dms_lab.comparison`, the warnings, and the page that shows them, if there is one."""
+
+    points: "pd.DataFrame"
+    margins: "pd.DataFrame | None" = None
+    warnings: tuple[str, ...] = ()
+    report: Path | None = None
+
+
+def log_pareto(folder: Path, name: str, found: Comparison) -> str:
+    """The comparison called `name` has its W&B run, whose files go below `folder`; returns its id."""
+    models, methods = sorted(set(found.points["model"])), sorted(set(found.points["method"]))
+    what = {"models": models, "methods": methods, "warnings": list(found.warnings)}
+    what |= {"versions": results.versions(), "git_revision": results.git_revision()}
+    label = Label(f"pareto-{plain(name)}", "pareto", name, name, (*models, *methods), what)
+    run = WandbRun(label, folder)
+    with run.survives():
+        values: dict[str, Any] = {"points": table(found.points)}
+        if found.margins is not None:
+            values["margins"] = table(found.margins)
+        run.log(values | dict(_figures(found.points)), run.next_step)
+    run.summarize(_summary(found))
+    if found.report is not None:
+        run.attach(found.report, "report")
+    run.finish()
+    return label.run_id
+
+
+def _figures(points: "pd.DataFrame") -> Iterator[tuple[str, Any]]:
+    """Of each model and set of tasks W&B's own scatter, and the figure with frontiers and the line of full attention."""
+    import wandb
+
+    from dms_lab.plots import interactive
+
+    measured = points[points["accuracy"].notna() & (points[BUDGET] > 0)]
+    for (model, tasks), rows in list(measured.groupby(["model", "tasks"]))[:MOST_FIGURES]:
+        title = f"{model} {tasks}"
+        yield f"scatter/{title}", wandb.plot.scatter(table(rows[_SHOWN]), BUDGET, "accuracy", title)
+        yield f"frontier/{title}", wandb.Plotly(interactive.accuracy(rows, BUDGET))
+
+
+def _summary(found: Comparison) -> dict[str, float]:
+    numbers: dict[str, float] = {"num_points": len(found.points)}
+    for row in [] if found.margins is None else found.margins.to_dict("records"):
+        if cell(row["margin"]) is not None:
+            curve = " ".join(filter(None, (row["method"], row["variant"])))
+            numbers[f"margin/{row['model']}/{row['tasks']}/{curve}/{row['budget']}"] = row["margin"]
+    return numbers

@@ -1,0 +1,113 @@
+"""A training in W&B: the lines of `metrics.jsonl`, and what each layer and head keeps as a picture of the run so far."""
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dms_lab import results
+from dms_lab.config import TrainConfig, config_hash
+from dms_lab.tracking.run import Label, WandbRun, wait
+
+if TYPE_CHECKING:
+    import wandb
+
+_log = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+DONE = "done.json"  # as `training.run` writes it
+_PICTURES = 10  # of the retention a run, evenly spaced
+
+
+def label_of(config: dict[str, Any], name: str, made_by: dict[str, Any]) -> Label:
+    """What W&B is told of a training; `config` is a `TrainConfig` in its plain form, as `config.json` has it.
+
+    `made_by`: the versions and the revision that trained, as far as they are known.
+    """
+    tags = (config["model"]["name"], config["method"], f"cr{config['cr']:g}", f"w{config['window']}")
+    whole = config | {"config_hash": config_hash(config)} | made_by
+    return Label(config_hash(config), "train", name, config.get("sweep"), tags, whole)
+
+
+class Tracker:
+    """The W&B run of a training. What a run that goes on wrote to `metrics.jsonl` before is sent first, if W&B lacks it."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        self._folder, self._last = folder, config.steps
+        made_by = {"versions": results.versions(), "git_revision": results.git_revision()}
+        self._run = WandbRun(label_of(asdict(config), folder.name, made_by), folder)
+        self._every, self._pictured, self._is_caught_up = max(1, config.steps // _PICTURES), 0, False
+
+    def log(self, row: dict[str, Any]) -> None:
+        """W&B has `row`, which stands in `metrics.jsonl` already, and the rows before it."""
+        if not self._is_caught_up:
+            log_rows(self._run, [earlier for earlier in read_rows(self._folder) if earlier["step"] < row["step"]])
+            self._is_caught_up = True
+        is_due = row["step"] >= self._last or row["step"] - self._pictured >= self._every
+        self._pictured = row["step"] if is_due else self._pictured
+        log_row(self._run, row, self._folder if is_due else None)
+
+    def finish(self, failed: bool = False) -> None:
+        """Closes the run."""
+        self._run.finish(failed)
+        wait()
+
+
+def log_training(folder: Path, group: str | None = None) -> str:
+    """The training in `folder` has its W&B run, made from `config.json` and `metrics.jsonl` alone; returns its id."""
+    config = json.loads((folder / "config.json").read_text())
+    config["sweep"] = config.get("sweep") or group
+    done = json.loads((folder / DONE).read_text()) if (folder / DONE).is_file() else {}
+    made_by = {name: done[name] for name in ("versions", "git_revision") if name in done}
+    rows = read_rows(folder)
+    run = WandbRun(label_of(config, folder.name, made_by), folder)
+    log_rows(run, rows[:-1])
+    for row in rows[-1:]:
+        log_row(run, row, folder)
+    run.finish()
+    return run.label.run_id
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`, without one that was cut off by a kill; none if there is no such file."""
+    path, rows = folder / METRICS, []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def log_rows(run: WandbRun, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows stand in W&B, without pictures."""
+    for row in rows:
+        log_row(run, row)
+
+
+def log_row(run: WandbRun, row: dict[str, Any], folder: Path | None = None) -> None:
+    """One row stands in W&B, a series for each layer and head; with `folder`, its picture of the retention as well."""
+    values = {key: value for key, value in row.items() if key not in ("step", "retained_per_head")}
+    for layer, heads in enumerate(row["retained_per_head"]):
+        values |= {f"retained/layer{layer}/head{head}": value for head, value in enumerate(heads)}
+    with run.survives():
+        if folder is not None and row["step"] >= run.next_step:
+            values |= _picture(folder, row["step"])
+    run.log(values, row["step"])
+
+
+def _picture(folder: Path, step: int) -> "dict[str, wandb.Image]":
+    import wandb
+    from PIL import Image
+
+    from dms_lab.plots import retention_figure
+
+    try:
+        figure = retention_figure(folder)
+    except ValueError as error:
+        _log.warning("W&B gets no picture of what heads keep: %s", error)
+        return {}
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return {"retention": wandb.Image(Image.open(buffer), caption=f"share of tokens kept, to step {step}")}
