@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -157,7 +158,7 @@ def run_point(cfg: DictConfig, other: Callable[[DictConfig], None] | None = None
     failure of one process of several, since the rest would wait for it. `other`: what to do if it is no point of a sweep.
     """
     from dms_lab.sweeping.asked import is_of_all
-    from dms_lab.sweeping.job import StoppedError
+    from dms_lab.sweeping.steps import StoppedError
     from dms_lab.sweeping.objectives import FAILED
 
     hydra = HydraConfig.get()
@@ -190,6 +191,7 @@ def _complete(command: str, words: Sequence[str], name: str | None, is_searched:
     from dms_lab.sweeping.points import expand
 
     [point] = expand(sweep_of(command, words, name))
+    point = replace(point, composed=point.composed | {"sweep": name})  # which has no name, if it was given none
     job_of(point, Path())()
     return objectives(point.config, Path(point.folder)) if is_searched else None
 

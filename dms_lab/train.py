@@ -33,7 +33,7 @@ def main(cfg: DictConfig) -> tuple[float, ...] | None:
 def run(cfg: DictConfig) -> None:
     """Completes one run; `ValueError` for what is wrong, and an exit if a signal stops it. A done run takes a second."""
     from dms_lab.config import resolve, run_folder
-    from dms_lab.sweeping.job import OwnEvaluation, Training
+    from dms_lab.sweeping.steps import OwnEvaluation, Training
     from dms_lab.training.distributed import is_first_rank
 
     config = resolve(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))

@@ -9,9 +9,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from dms_lab.sweep_config import COMMANDS, SWEEP, SweepConfig, build_sweep, load_sweep
+from dms_lab.sweeping.evaluations import OF_ALL
 from dms_lab.sweeping.points import Point, expand
-
-_OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points together
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def sweep_of(
 
 def is_of_all(word: str) -> bool:
     """Whether an override is said of all points together."""
-    return word.lstrip("+~").partition("=")[0].split(".")[0] in _OF_ALL
+    return word.lstrip("+~").partition("=")[0].split(".")[0] in OF_ALL
 
 
 def read_asked(config: DictConfig) -> Asked:

@@ -1,12 +1,13 @@
 """What there is to do for a point, one step after the other. Whether a step is done is read from files, without torch."""
 
+import json
 import os
 import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dms_lab.config import TrainConfig, run_folder
+from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.evaluation.evaluated import (
     dialled_evaluation,
     drop_cut_off_line,
@@ -38,7 +39,8 @@ class Training:
         return Path(run_folder(self.config))
 
     def is_done(self) -> bool:
-        return (self.folder / DONE).is_file()
+        done = self.folder / DONE  # with out=, perhaps that of another run: then training refuses
+        return done.is_file() and json.loads(done.read_text())["config_hash"] == config_hash(self.config)
 
     def run(self) -> None:
         """Trains, or goes on; raises `StoppedError` if a signal ended it."""
