@@ -177,13 +177,22 @@ def save_csv(frame: "pd.DataFrame", path: Path) -> None:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*_TYPES, *extra])
             for number, row in enumerate(frame.to_dict("records"), 1):
-                row = _checked({name: _unframed(value, _TYPES.get(name)) for name, value in row.items()}, f"row {number}")
-                writer.writerow([_cell(row.get(name), _TYPES.get(name)) for name in (*_TYPES, *extra)])
+                writer.writerow(_cells(row, extra, f"row {number}"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _cells(row: dict, extra: list[str], where: str) -> list[str]:
+    """The cells of a row of a frame."""
+    row = _checked({name: _unframed(value, _TYPES.get(name)) for name, value in row.items()}, where)
+    cells = {name: _cell(row.get(name), _TYPES.get(name)) for name in (*_TYPES, *extra)}
+    for name, cell in cells.items():
+        if "\r" in cell:  # the writer would not quote it
+            raise ValueError(f"{where} has {name}={cell!r}, with a carriage return; name it otherwise")
+    return list(cells.values())
 
 
 def _unframed(value: Any, kind: Any) -> Any:
