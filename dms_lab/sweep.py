@@ -11,7 +11,10 @@ key=value: cluster=local|slurm, workers=<points at a time on this machine>, reso
 import argparse
 import json
 import sys
+import time
 
+_SECONDS_BETWEEN = {"local": 1.0, "slurm": 10.0}  # two looks at the jobs
+_STOPPED = 130
 COMMANDS = ("submit", "status", "collect", "cancel")
 
 
@@ -52,20 +55,44 @@ def _submit(asked: argparse.Namespace, sweep, points) -> int:
     from dms_lab.sweeping.records import submitting
     from dms_lab.sweeping.state import point_states
 
+    if asked.dry_run:
+        from dms_lab.sweeping.plan import print_plan
+
+        print_plan(sweep, point_states(sweep, points))
+        return 0
     with submitting(sweep):
         states = point_states(sweep, points)
-        todo = [state.point for state in states if state.state != "done" and not state.is_active]
+        todo = [state.point for state in states if state.is_free]
         if todo:
             (slurm if sweep.cluster == "slurm" else local).submit(sweep, todo)
-    done, active = (sum(test(state) for state in states) for test in (_is_done, lambda state: state.is_active))
+    done, active = sum(state.state == "done" for state in states), sum(state.is_active for state in states)
     print(f"{sweep.name}: {len(todo)} of {len(points)} points submitted, {done} done, {active} queued or running already")
+    if asked.wait:
+        return _wait(sweep, points)
     if todo:
         print(f"python -m dms_lab.sweep status {asked.place}")
     return 0
 
 
-def _is_done(state) -> bool:
-    return state.state == "done"
+def _wait(sweep, points) -> int:
+    """Stays until no job is queued or running, shows how far they are, and returns what `status` would."""
+    from rich.live import Live
+
+    from dms_lab.sweeping.state import point_states
+    from dms_lab.sweeping.tables import console, print_states, states_table
+
+    states = point_states(sweep, points)
+    try:
+        with Live(states_table(sweep, states), console=console(), transient=True) as live:
+            while any(state.is_active for state in states):
+                time.sleep(_SECONDS_BETWEEN[sweep.cluster])
+                states = point_states(sweep, points)
+                live.update(states_table(sweep, states))
+    except KeyboardInterrupt:
+        print("the jobs go on", file=sys.stderr)
+        return _STOPPED
+    print_states(sweep, states)
+    return int(any(state.state != "done" for state in states))
 
 
 def _status(asked: argparse.Namespace, sweep, points) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,11 @@ class PointState:
     def is_active(self) -> bool:
         """Whether a job is queued for it or at it."""
         return self.state in ("evaluating", "running", "pending", "requeued")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a submission would add a job for it."""
+        return self.state != "done" and not self.is_active
 
     def plain(self) -> dict[str, Any]:
         """The state as JSON."""
@@ -134,8 +138,3 @@ def tail(path: Path, num_lines: int) -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(line for line in text.splitlines() if line.strip())[-num_lines:]
-
-
-def seconds_since(job: Submitted) -> float:
-    """How long ago a job was submitted."""
-    return time.time() - job.submitted

@@ -24,6 +24,14 @@ def console() -> Console:
 def print_states(sweep: SweepConfig, states: Sequence[PointState]) -> None:
     """A row a point, then why points failed, with the last lines of their logs, and how many stand where."""
     out = console()
+    out.print(states_table(sweep, states))
+    _print_reasons(out, states)
+    count = Counter(state.state for state in states)
+    out.print(", ".join(f"{count[name]} {name}" for name in STATES if count[name]) + f" of {len(states)} points")
+
+
+def states_table(sweep: SweepConfig, states: Sequence[PointState]) -> Table:
+    """A row a point."""
     table = Table("Point", "State", "Step", "CR", "Job", "Elapsed", "Differs in", title=sweep.question or sweep.name)
     common = set.intersection(*(set(state.point.overrides) for state in states))
     for state in states:
@@ -32,7 +40,10 @@ def print_states(sweep: SweepConfig, states: Sequence[PointState]) -> None:
         words = f"[{_COLOURS.get(state.state, 'default')}]{_words(state)}[/]"
         job = state.job.job_id if state.job and state.state != "done" else ""
         table.add_row(state.point.name, words, step, cr, job, state.elapsed, escape(_differing(state, common)))
-    out.print(table)
+    return table
+
+
+def _print_reasons(out: Console, states: Sequence[PointState]) -> None:
     for state in states:
         if state.state in ("failed", "unknown"):
             out.print(f"[bold red]{state.state}[/] {state.point.name}: {escape(state.reason)}", highlight=False)
@@ -40,8 +51,6 @@ def print_states(sweep: SweepConfig, states: Sequence[PointState]) -> None:
                 out.print(f"    {escape(line)}", highlight=False, style="dim")
             if state.job:
                 out.print(f"    log: {state.job.log}", highlight=False)
-    count = Counter(state.state for state in states)
-    out.print(", ".join(f"{count[name]} {name}" for name in STATES if count[name]) + f" of {len(states)} points")
 
 
 def _words(state: PointState) -> str:

@@ -1,0 +1,171 @@
+"""The process that runs a submission on this machine: so many points at a time, and a note on what became of each.
+
+    submit -> python -m dms_lab.sweeping.supervisor <folder> <workers> -> a process a point, in a session of its own
+
+A place at work is a lock on a file that the point's process inherits: two submissions together run no more points than
+one, and a place is free when its process is dead, however that and its supervisor ended.
+"""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Note:
+    """What became of a job: its process, when it began and ended (seconds since 1970), its exit code once it has ended."""
+
+    pid: int | None
+    pid_started: int | None
+    began: float
+    ended: float | None = None
+    code: int | None = None
+    is_stopped: bool = False
+
+
+def read_note(log: Path) -> Note | None:
+    """The note on the job that writes to `log`; None before it was started."""
+    try:
+        return Note(**json.loads(log.with_suffix(".state").read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def _write_note(log: Path, note: Note) -> None:
+    temporary = log.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(note)) + "\n")
+    temporary.replace(log.with_suffix(".state"))
+
+
+def started_at(pid: int) -> int | None:
+    """When a process began, in the kernel's clock ticks, which tells it from a later one of the same number."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return None
+
+
+def is_alive(pid: int | None, began: int | None) -> bool:
+    """Whether the process still runs; one that ended and that nobody has waited for does not."""
+    if pid is None:
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z" and started_at(pid) == began
+
+
+@dataclass
+class _Running:
+    """A process at work on a point, where it writes to, and the file whose lock is its place."""
+
+    log: Path
+    process: subprocess.Popen
+    place: Any
+    note: Note
+
+
+class Supervisor:
+    """Runs the jobs described in a folder, `workers` at a time; after SIGTERM it starts no more, and stops the others."""
+
+    def __init__(self, batch: Path, workers: int) -> None:
+        self.workers = workers
+        self.waiting = sorted(batch.glob("*.json"))
+        self.places = batch.parent
+        self.running: list[_Running] = []
+        self.is_stopped = False
+
+    def run(self) -> None:
+        """Returns when every job has ended."""
+        signal.signal(signal.SIGTERM, self._stop)
+        while self.waiting or self.running:
+            while self.waiting and not self.is_stopped and (place := self._free_place()) is not None:
+                self._start(self.waiting.pop(0), *place)
+            self._reap()
+            if self.is_stopped:
+                self._drop_waiting()
+            time.sleep(0.1)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.is_stopped = True
+        for job in self.running:
+            with suppress(ProcessLookupError):
+                os.killpg(job.process.pid, signal.SIGTERM)
+
+    def _free_place(self) -> tuple[int, Any] | None:
+        for index in range(self.workers):
+            file = (self.places / f"place{index}.lock").open("a")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            return index, file
+        return None
+
+    def _start(self, spec: Path, index: int, place: Any) -> None:
+        log = spec.with_suffix(".log")
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command_of(spec),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                env=environment_of(spec, index, self.workers),
+                start_new_session=True,
+                pass_fds=(place.fileno(),),
+            )
+        note = Note(process.pid, started_at(process.pid), time.time())
+        self.running.append(_Running(log, process, place, note))
+        _write_note(log, note)
+        if self.is_stopped:  # the signal came while it was started
+            self._stop(signal.SIGTERM, None)
+
+    def _reap(self) -> None:
+        for job in list(self.running):
+            if (code := job.process.poll()) is not None:
+                ended = asdict(job.note) | {"ended": time.time(), "code": code, "is_stopped": self.is_stopped and code != 0}
+                _write_note(job.log, Note(**ended))
+                job.place.close()
+                self.running.remove(job)
+
+    def _drop_waiting(self) -> None:
+        for spec in self.waiting:
+            now = time.time()
+            _write_note(spec.with_suffix(".log"), Note(None, None, now, now, code=1, is_stopped=True))
+        self.waiting = []
+
+
+def command_of(spec: Path) -> list[str]:
+    """What runs a described job: Python, or torchrun where a run has several processes."""
+    devices = _devices(spec)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"] if devices > 1 else []
+    return [sys.executable, *launcher, "-m", "dms_lab.sweeping.job", str(spec)]
+
+
+def environment_of(spec: Path, place: int, workers: int) -> dict[str, str]:
+    """The environment of a job at a place: of several GPUs in CUDA_VISIBLE_DEVICES, a run of one process gets one."""
+    environment = dict(os.environ)
+    gpus = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if len(gpus) > 1 and _devices(spec) == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    if workers > 1:  # processes that share processors gain nothing from threads
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    return environment
+
+
+def _devices(spec: Path) -> int:
+    return json.loads(spec.read_text())["composed"].get("devices") or 1
+
+
+if __name__ == "__main__":
+    Supervisor(Path(sys.argv[1]), int(sys.argv[2])).run()
