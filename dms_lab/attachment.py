@@ -26,6 +26,7 @@ from dms_lab.cache.policy import PolicyCache
 from dms_lab.lora import attach_lora, detach_lora, switch_lora
 from dms_lab.policies.dms import AdapterPredictor, DmsConfig, DmsPolicy, NeuronPredictor
 from dms_lab.policies.streaming_llm import StreamingLLMPolicy
+from dms_lab.sharding import cut_like, piece
 from dms_lab.structure import decoder_layers, find_attentions, num_kv_heads, query_projection, query_source
 
 
@@ -160,10 +161,11 @@ class Retrofit:
             predictor = getattr(attention, PREDICTOR, None)
             if isinstance(predictor, NeuronPredictor):
                 projection = query_projection(attention)
-                rows = predictor.rows(attention.config.num_attention_heads, attention.head_dim)
-                projection.weight[rows] = 0.0
-                if projection.bias is not None:
-                    projection.bias[rows] = 0.0
+                is_cleared = torch.zeros(projection.weight.shape[0], dtype=torch.bool)
+                is_cleared[predictor.rows(attention.config.num_attention_heads, attention.head_dim)] = True
+                for parameter in (projection.weight, projection.bias):
+                    if parameter is not None:
+                        piece(parameter)[piece(cut_like(is_cleared, parameter))] = 0.0
 
     def _plan_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if kwargs.get("dms") is None:

@@ -10,7 +10,7 @@ The plan and the layer's residual stream arrive as keywords that the model hands
 
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,20 +30,21 @@ PREDICTOR = "dms_predictor"  # name of the predictor inside an attention module
 QUERY = "_dms_query"  # where the queries before RoPE wait for the neuron predictor
 
 
-@dataclass
 class Relaxation:
     """What a soft (training) forward needs beside the weights, and what it leaves behind.
 
-    `noise_key` = (seed, step, micro-batch, rank) seeds the logistic noise of each layer; None draws none. With `decides`
-    off nothing is evicted: the stage in which the neuron fades. A model with the neuron predictor multiplies the neuron
-    by `neuron_keep`. Filled per layer: `evict_probability` [B, K or 1, T], and `evict`, the noiseless hard decisions.
+    `noise_key` = (seed, step, micro-batch) seeds the logistic noise of each layer; None draws none. With `decides` off
+    nothing is evicted: the stage in which the neuron fades. A model with the neuron predictor multiplies the neuron by
+    `neuron_keep`. Filled per layer: `evict_probability` [B, K or 1, T], and `evict`, the noiseless hard decisions.
+
+    No dataclass: FSDP2 looks for tensors in the dataclasses that a layer is given, and hands it a copy of those that hold
+    some, so what a layer leaves here would be lost.
     """
 
-    noise_key: tuple[int, int, int, int] | None
-    neuron_keep: float = 0.0
-    decides: bool = True
-    evict_probability: dict[int, Tensor] = field(default_factory=dict)
-    evict: dict[int, Tensor] = field(default_factory=dict)
+    def __init__(self, noise_key: tuple[int, int, int] | None, neuron_keep: float = 0.0, decides: bool = True) -> None:
+        self.noise_key, self.neuron_keep, self.decides = noise_key, neuron_keep, decides
+        self.evict_probability: dict[int, Tensor] = {}
+        self.evict: dict[int, Tensor] = {}
 
     def note(self, layer_idx: int, probability: Tensor, evict: Tensor) -> None:
         """Keeps a layer's decisions; the first forward counts, a recomputation in the backward does not."""

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dms_lab.attachment import Retrofit, retrofit
 from dms_lab.attention_function import PREDICTOR
 from dms_lab.policies.dms import DmsConfig
+from dms_lab.sharding import gathered, is_first_process
 
 SCHEMA_VERSION = 1
 METADATA, WEIGHTS = "dms.json", "dms.safetensors"
@@ -102,11 +103,14 @@ def save_checkpoint(
 ) -> Path:
     """Writes a checkpoint folder, replacing an older one of the same name; returns the folder.
 
-    `base_fingerprint` is that of the weights before training. Raises `OSError` if the disk refuses; the old folder is
-    then still there.
+    `base_fingerprint` is that of the weights before training. Of several processes that train together all call this, and
+    the first writes. Raises `OSError` if the disk refuses; the old folder is then still there.
     """
     folder = Path(folder)
     model = handle.model
+    tensors = gathered(trained_parameters(model, trained))
+    if not is_first_process():
+        return folder
     metadata = Metadata(
         policy=asdict(handle.config),
         trained=trained,
@@ -115,12 +119,13 @@ def save_checkpoint(
         base_fingerprint=base_fingerprint,
         provenance=provenance,
     )
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model, trained).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
     temporary.mkdir()
     try:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS, metadata={"format": "pt"}
+        )
         text = json.dumps(asdict(metadata), indent=2, sort_keys=True, default=str) + "\n"
         (temporary / METADATA).write_text(text)
         _replace(temporary, folder)

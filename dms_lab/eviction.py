@@ -31,9 +31,10 @@ RETENTIONS = ("one_sided", "two_sided")
 
 
 # -- decisions ---------------------------------------------------------------------------------------------------------
-def noise_generator(seed: int, step: int, micro_batch: int, rank: int, layer: int) -> torch.Generator:
-    """A CPU generator that depends on these five numbers alone, so a resumed run draws the same noise."""
-    key = hashlib.sha256(f"{seed} {step} {micro_batch} {rank} {layer}".encode()).digest()
+def noise_generator(seed: int, step: int, micro_batch: int, layer: int) -> torch.Generator:
+    """A CPU generator that depends on these four numbers alone: a resumed run draws the same noise, and so do several
+    processes, because micro-batches are numbered over all of them."""
+    key = hashlib.sha256(f"{seed} {step} {micro_batch} 0 {layer}".encode()).digest()  # 0: a fifth number that once was
     return torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
 
 

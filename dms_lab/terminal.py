@@ -13,6 +13,7 @@ _NOTICES = (
     r"Found \d+ module\(s\) in eval mode at the start of training",  # teacher and student without dropout
     r"You're resuming from a checkpoint that ended before the epoch ended",  # the loader only counts steps
     r"The '?train_dataloader'? does not have many workers",
+    r"The `srun` command is available on your system but is not used",  # one process is what was asked for
     r".*`gradient_checkpointing_enable` is deprecated",
 )
 

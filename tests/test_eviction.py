@@ -54,12 +54,12 @@ def test_immediate_eviction_leaves_a_token_to_itself_alone():
 
 
 def test_noise_is_logistic_and_follows_its_key():
-    draw = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3, 4))
+    draw = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3))
     assert abs(draw.mean()) < 0.02
     assert draw.std().item() == pytest.approx(math.pi / math.sqrt(3), rel=0.01)
-    again = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3, 4))
+    again = eviction.logistic_noise((200_000,), eviction.noise_generator(0, 1, 2, 3))
     assert torch.equal(draw, again)
-    keys = [(1, 1, 2, 3, 4), (0, 2, 2, 3, 4), (0, 1, 0, 3, 4), (0, 1, 2, 0, 4), (0, 1, 2, 3, 0)]
+    keys = [(1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 0, 3), (0, 1, 2, 0)]
     assert not any(torch.equal(draw[:9], eviction.logistic_noise((9,), eviction.noise_generator(*k))) for k in keys)
 
 

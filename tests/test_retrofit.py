@@ -146,7 +146,7 @@ def test_gradients_reach_every_predictor_through_checkpointing(family):
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.train()
-        relaxation = Relaxation((0, 0, 0, 0))
+        relaxation = Relaxation((0, 0, 0))
         document = torch.tensor([[0] * 12 + [1] * 8, [2] * 17 + [-1] * 3])
         hidden = model.get_decoder()(
             input_ids=batch()["input_ids"],
@@ -276,7 +276,7 @@ def test_lora_and_predictors_get_gradients_and_the_base_none(family):
     model = build(family).requires_grad_(False)
     handle = decide(retrofit(model, DmsConfig(window=3, lora_rank=2)))
     handle.model.get_decoder()(
-        input_ids=batch()["input_ids"], use_cache=False, dms=handle.soft(Relaxation((0, 0, 0, 0)))
+        input_ids=batch()["input_ids"], use_cache=False, dms=handle.soft(Relaxation((0, 0, 0)))
     ).last_hidden_state.square().mean().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert trained == {n for n, _ in model.named_parameters() if PREDICTOR in n or ".lora_" in n}

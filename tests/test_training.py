@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dms_lab.training import run
-from dms_lab.training.callbacks import GracefulStop
 from dms_lab.training.module import Optimizer
 from dms_lab.training.run import build_module, train
+from dms_lab.training.stopping import GracefulStop
 
 
 def weights(outcome, cr=4):

@@ -1,9 +1,7 @@
-"""What happens beside the steps: metrics to a file, a checkpoint a family member, a clean stop, a progress bar."""
+"""What happens beside the steps: metrics to a file, a checkpoint a family member, a progress bar."""
 
 import json
-import logging
 import resource
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,26 +11,32 @@ from typing import Any
 import lightning as L
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from dms_lab.checkpoint import save_checkpoint
 from dms_lab.config import TrainConfig
+from dms_lab.sharding import cut_like, gathered, piece
 from dms_lab.tracking import Tracker
 from dms_lab.training.module import RetrofitModule
-
-_log = logging.getLogger(__name__)
-LAST = "last.ckpt"
+from dms_lab.training.stopping import ends_a_step
 
 
 class JsonlMetrics(L.Callback):
-    """Appends one JSON object to `metrics.jsonl` every `every` steps, with the retained share of each layer and head."""
+    """Appends one JSON object to `metrics.jsonl` every `every` steps, with the retained share of each layer and head.
+
+    It is the mean over the micro-batches of that step, on all processes; of ratios, that of their inverses, the live
+    shares. Tokens a second are summed over processes, the memory is that of the process with the highest peak. The first
+    process writes.
+    """
 
     def __init__(self, folder: Path, every: int, tracker: Tracker | None = None) -> None:
         self.path, self.every, self.tracker = folder / "metrics.jsonl", every, tracker
-        self._tokens, self._since = 0, time.monotonic()
+        self._tokens, self._since = torch.tensor(0), time.monotonic()
+        self._measured: list[tuple[dict[str, Tensor], Tensor]] = []  # of the micro-batches of a step that is logged
 
     def on_train_start(self, trainer: L.Trainer, module: RetrofitModule) -> None:
         """Drops what a run that was killed wrote after its last save, or only half wrote: these steps come again."""
-        if not self.path.is_file():
+        if not (trainer.is_global_zero and self.path.is_file()):
             return
         rows = []
         for line in self.path.read_text().splitlines():
@@ -44,28 +48,46 @@ class JsonlMetrics(L.Callback):
         temporary.replace(self.path)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
-        self._tokens += int(module.last["tokens"])
-        is_due = trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps
-        if not (is_due and ends_a_step(trainer, index)):
+        self._tokens = self._tokens + module.last["tokens"]
+        is_end = ends_a_step(trainer, index)
+        step = trainer.global_step + (not is_end)
+        if step % self.every and step != trainer.max_steps:
             return
-        seconds = time.monotonic() - self._since
-        row = {"step": trainer.global_step}
-        row |= {key: round(float(value), 6) for key, value in module.last.items() if key != "tokens"}
-        row |= {
-            "retained_per_head": [[round(1 - v, 4) for v in layer] for layer in module.last_evicted.tolist()],
-            "tokens_per_second": round(self._tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
+        self._measured.append((module.last, module.last_evicted))
+        if not is_end:
+            return
+        row = {"step": step} | self._mean(trainer) | self._costs(trainer)
+        self._tokens, self._since = torch.tensor(0), time.monotonic()
+        self._measured.clear()
+        if not trainer.is_global_zero:
+            return
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.tracker is not None:
             self.tracker.log(row)
-        self._tokens, self._since = 0, time.monotonic()
 
+    def _mean(self, trainer: L.Trainer) -> dict[str, Any]:
+        names = [name for name in self._measured[0][0] if name != "tokens"]
+        num = len(self._measured) * trainer.world_size
+        inverted = {"cr_soft", "cr_hard"} if num > 1 else ()
+        total = torch.zeros(len(names) + self._measured[0][1].numel(), dtype=torch.float64)
+        for last, evicted in self._measured:
+            values = [1 / float(last[name]) if name in inverted else float(last[name]) for name in names]
+            total += torch.cat([torch.tensor(values, dtype=torch.float64), evicted.flatten().double().cpu()])
+        mean = (trainer.strategy.reduce(total.to(trainer.strategy.root_device), reduce_op="sum") / num).cpu()
+        row = dict(zip(names, mean.tolist(), strict=False))
+        row = {name: round(1 / value if name in inverted else value, 6) for name, value in row.items()}
+        heads = mean[len(names) :].view(self._measured[0][1].shape)
+        return row | {"retained_per_head": [[round(1 - value, 4) for value in layer] for layer in heads.tolist()]}
 
-def ends_a_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer stepped after this micro-batch; between two of them there is nothing to save or stop at."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    def _costs(self, trainer: L.Trainer) -> dict[str, Any]:
+        strategy = trainer.strategy
+        tokens, seconds = self._tokens.to(strategy.root_device), time.monotonic() - self._since
+        peak = torch.tensor(peak_memory_bytes(), device=strategy.root_device)
+        return {
+            "tokens_per_second": round(int(strategy.reduce(tokens, reduce_op="sum")) / seconds, 1),
+            "peak_memory_bytes": int(strategy.reduce(peak, reduce_op="max")),
+        }
 
 
 def peak_memory_bytes() -> int:
@@ -86,45 +108,46 @@ class WeightAverage(L.Callback):
         self.decay = decay
         self._average: dict[str, torch.Tensor] = {}
 
+    def on_train_start(self, trainer: L.Trainer, module: RetrofitModule) -> None:
+        for name, parameter in module.trained.items():  # one that was loaded is whole, and on the CPU
+            if name in self._average:
+                self._average[name] = cut_like(self._average[name], parameter)
+
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, out: Any, batch: Any, index: int) -> None:
         if not self.decay or not ends_a_step(trainer, index):
             return
-        for name, parameter in _trained(module):
+        for name, parameter in module.trained.items():
             if name in self._average:
-                self._average[name] = self._average[name].to(parameter.device).lerp_(parameter, 1 - self.decay)
+                piece(self._average[name]).lerp_(piece(parameter), 1 - self.decay)
             else:
                 self._average[name] = parameter.detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self._average}
+        return {"average": gathered(self._average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._average = state["average"]
 
     @contextmanager
+    @torch.no_grad()
     def applied(self, module: RetrofitModule) -> Iterator[None]:
         """Inside, the trained weights are their average."""
-        newest = {name: p.detach().clone() for name, p in _trained(module) if name in self._average}
-        with torch.no_grad():
-            for name, parameter in _trained(module):
-                parameter.copy_(self._average.get(name, parameter))
+        averaged = {name: p for name, p in module.trained.items() if name in self._average}
+        newest = {name: piece(p).clone() for name, p in averaged.items()}
+        for name, parameter in averaged.items():
+            piece(parameter).copy_(piece(self._average[name]))
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in _trained(module):
-                    parameter.copy_(newest.get(name, parameter))
-
-
-def _trained(module: RetrofitModule) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in module.model.named_parameters() if name in module.trained_names]
+            for name, parameter in averaged.items():
+                piece(parameter).copy_(newest[name])
 
 
 class FamilyCheckpoints(L.Callback):
     """Keeps a checkpoint each time the schedule passes a member of the CR family, the last at the end of the run.
 
-    It holds the weights' `average`, which must stand before this in the list of callbacks.
+    It holds the weights' `average`, which must stand before this in the list of callbacks. The first process writes.
     """
 
     def __init__(
@@ -157,54 +180,6 @@ class FamilyCheckpoints(L.Callback):
                 self.base_fingerprint,
                 self.provenance | {"cr": cr, "step": step},
             )
-
-
-@contextmanager
-def handlers_restored() -> Iterator[None]:
-    """Inside, Lightning and `GracefulStop` may set handlers of SIGINT and SIGTERM; those of before stand again after it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class GracefulStop(L.Callback):
-    """On SIGINT or SIGTERM: finishes the step, writes `last.ckpt`, ends the run. A second signal ends it at once.
-
-    Also writes it every `every` steps, and at the end of a step when `every_seconds` have passed since.
-    """
-
-    def __init__(self, folder: Path, every: int = 50, every_seconds: float = 600.0) -> None:
-        self.path, self.every, self.every_seconds = folder / LAST, every, every_seconds
-        self._saved = time.monotonic()
-        self.stopped_by: str | None = None
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # after Lightning's own handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.stopped_by = signal.Signals(number).name
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        _log.warning("%s: the step is finished and saved first; once more to end at once", self.stopped_by)
-
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int) -> None:
-        if not ends_a_step(trainer, index):
-            return
-        is_due = trainer.global_step % self.every == 0 or time.monotonic() - self._saved > self.every_seconds
-        if self.stopped_by or is_due:
-            self.save(trainer)
-            self._saved = time.monotonic()
-        if self.stopped_by:
-            trainer.should_stop = True
-
-    def save(self, trainer: L.Trainer) -> None:
-        """Writes `last.ckpt` under a temporary name and renames it."""
-        temporary = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary)
-        temporary.replace(self.path)
 
 
 class ProgressBar(L.Callback):

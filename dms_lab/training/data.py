@@ -1,10 +1,12 @@
-"""Batches of the retrofit: a pure function of (seed, step, micro-batch, rank), so a resumed run sees the same.
+"""Batches of the retrofit: a pure function of (seed, step, micro-batch), so a resumed run sees the same.
 
-    RetrofitData.batch(step, micro_batch, rank) -> ids, document, position_ids, is_completion   [B, T]
+    RetrofitData.batch(step, micro_batch) -> ids, document, position_ids, is_completion   [B, T]
 
-The Lightning loader only counts steps; the training step asks for its batch by number.
+Micro-batches are numbered over all processes of a run, each of which reads and packs the same rows and takes its own out of
+them. The Lightning loader only counts steps; the training step asks for its batch by number.
 """
 
+import hashlib
 import logging
 import random
 from collections.abc import Iterable
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from dms_lab.config import TrainConfig
+from dms_lab.config import TrainConfig, num_processes
 from dms_lab.tiny import corpus
 from dms_lab.tiny.corpus import Document
 from dms_lab.training import documents
@@ -46,10 +48,10 @@ class RetrofitData(L.LightningDataModule):
             raise ValueError(f"data={config.data.kind} data.path={config.data.path} holds no document to train on")
         self.packed = PackedRows(rows, config.context, config.batch_size, self._pad, config.seed)
 
-    def batch(self, step: int, micro_batch: int = 0, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
-        """The batch of a micro-step on a rank, on the CPU. Rows of files are `context` wide, generated ones trimmed."""
+    def batch(self, step: int, micro_batch: int = 0) -> dict[str, Tensor]:
+        """A micro-batch of a step, on the CPU. Rows of files are `context` wide, generated ones trimmed."""
         config = self.config
-        number = (step * config.accumulate + micro_batch) * world_size + rank
+        number = step * config.accumulate + micro_batch
         if self.packed is not None:
             return self.packed.batch(number)
         rng = random.Random(f"{config.seed} {number}")
@@ -58,9 +60,20 @@ class RetrofitData(L.LightningDataModule):
         ]
         return trim(collate(rows, config.context, self._pad))
 
+    def fingerprint(self) -> str:
+        """12 hex digits over everything that batches are made of; equal on every process, or they train on other rows."""
+        digest = hashlib.sha256(repr([self._code, len(self.tokenizer), self._pad]).encode())
+        for row in self.packed.rows if self.packed is not None else ():
+            for document in row:
+                digest.update(memoryview(document.ids))
+                digest.update(b"%d" % document.num_prompt)
+        return digest.hexdigest()[:12]
+
     def train_dataloader(self) -> DataLoader:
-        """Numbers alone: enough micro-steps for the whole run."""
-        return DataLoader(torch.arange(self.config.steps * self.config.accumulate), batch_size=None)
+        """Numbers alone: enough micro-steps of one process for the whole run."""
+        return DataLoader(
+            torch.arange(self.config.steps * self.config.accumulate // num_processes(self.config)), batch_size=None
+        )
 
 
 def check_reachable(rows: list[list[Document]], config: TrainConfig) -> None:

@@ -27,7 +27,10 @@ from dms_lab.structure import output_head
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, and how CR rises. With `count="live"`, `cr` is measured at the end of the training documents."""
+    """What is minimised, and how CR rises. With `count="live"`, `cr` is measured at the end of the training documents.
+
+    `accumulate` counts the micro-batches of a step over all processes.
+    """
 
     cr: float
     steps: int
@@ -94,7 +97,20 @@ class RetrofitModule(L.LightningModule):
             parameter.requires_grad_(name in chosen)
         self.trained_names = frozenset(chosen)
 
+    @property
+    def teacher_handles(self) -> tuple[Retrofit, ...]:
+        """The teacher, where it is a model of its own."""
+        return tuple(self._teacher)
+
+    @property
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by their names in the model."""
+        return {name: p for name, p in self.model.named_parameters() if name in self.trained_names}
+
     # -- Lightning ---------------------------------------------------------------------------------------------------
+    def configure_model(self) -> None:
+        """Nothing is left to do: weights that several processes share were cut when they were loaded."""
+
     def on_fit_start(self) -> None:
         for teacher in self._teacher:
             teacher.model.to(self.device)
@@ -106,6 +122,15 @@ class RetrofitModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in state.items() if k.removeprefix("model.") in self.trained_names}
+        checkpoint["micro_batches"] = self.trainer.accumulate_grad_batches
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Counts the micro-batches that are done as this process would have, had there been as many processes before."""
+        now = self.trainer.accumulate_grad_batches
+        before = checkpoint.get("micro_batches", self.objective.accumulate)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for part in ("total", "current"):
+            progress[part] = {name: count * now // before for name, count in progress[part].items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -123,20 +148,23 @@ class RetrofitModule(L.LightningModule):
 
     # -- one step ------------------------------------------------------------------------------------------------------
     def training_step(self, number: Tensor, batch_idx: int) -> Tensor:
-        micro_batch = batch_idx % self.objective.accumulate
-        data = self.trainer.datamodule
-        batch = data.batch(self.global_step, micro_batch, self.global_rank, self.trainer.world_size)
+        turn = batch_idx % self.trainer.accumulate_grad_batches
+        if turn == 0 and self.global_step == self.objective.neuron_zeroing_steps:
+            self.handle.clear_neuron()
+        micro_batch = turn * self.trainer.world_size + self.global_rank
+        batch = self.trainer.datamodule.batch(self.global_step, micro_batch)
         batch = {key: value.to(self.device) for key, value in batch.items()}
         return self.loss(batch, self.global_step, micro_batch)
 
     def loss(self, batch: dict[str, Tensor], step: int, micro_batch: int = 0) -> Tensor:
-        """Distillation plus retention loss of one packed batch; what was measured on the way is left in `last`."""
+        """Distillation plus retention loss of one packed batch; what was measured on the way is left in `last`.
+
+        `micro_batch` is its number within the step, over all processes.
+        """
         objective, document = self.objective, batch["document"]
         cr, real = objective.cr_at(step), document >= 0
-        if step == objective.neuron_zeroing_steps and micro_batch == 0:
-            self.handle.clear_neuron()
         relaxation = Relaxation(
-            noise_key=(objective.seed, step, micro_batch, self.global_rank),
+            noise_key=(objective.seed, step, micro_batch),
             neuron_keep=objective.neuron_keep(step),
             decides=step >= objective.neuron_zeroing_steps,
         )

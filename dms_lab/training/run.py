@@ -1,4 +1,7 @@
-"""One retrofit from a configuration: build, fit, keep checkpoints. Used by `train`, `demo` and tests alike."""
+"""One retrofit from a configuration: build, fit, keep checkpoints. Used by `train`, `demo` and tests alike.
+
+find_world -> joined -> data and weights, checked on all processes -> Trainer.fit -> done.json by the first
+"""
 
 import copy
 import json
@@ -16,17 +19,12 @@ from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.tracking import Tracker
-from dms_lab.training.callbacks import (
-    LAST,
-    FamilyCheckpoints,
-    GracefulStop,
-    JsonlMetrics,
-    ProgressBar,
-    WeightAverage,
-    handlers_restored,
-)
+from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
+from dms_lab.training.distributed import World, agree, check_same, find_world, gather, in_turn, joined
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
+from dms_lab.training.stopping import LAST, GracefulStop
+from dms_lab.training.strategy import build_trainer, make_mesh, shard
 
 _log = logging.getLogger(__name__)
 DONE = "done.json"  # in the folder of a finished run
@@ -34,11 +32,15 @@ DONE = "done.json"  # in the folder of a finished run
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left behind. `finished` is False when a signal ended it early; the same command goes on from there."""
+    """What a run left behind. `finished` is False when a signal ended it early; the same command goes on from there.
+
+    `is_first` is False in the processes that helped another one: they have nothing to evaluate or to tell.
+    """
 
     folder: Path
     finished: bool
     stopped_by: str | None = None
+    is_first: bool = True
 
     def checkpoint(self, cr: float) -> Path:
         """The checkpoint folder of a member of the CR family."""
@@ -119,37 +121,43 @@ def _clear(folder: Path) -> None:
 def train(config: TrainConfig, progress: bool = True) -> Outcome:
     """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once.
 
-    Raises `ValueError` if the folder holds a run of another configuration, and `resume=false` does not say to replace it.
+    Of several processes all call it; when it returns they have parted. Raises `ValueError`, in all of them, if they are
+    not those that the configuration asks for, or if the folder holds a run of another configuration and `resume=false`
+    does not say to replace it. After SIGUSR2, the handler that stood before is called last of all (submitit's requeues
+    the job and ends the process).
     """
+    world = find_world(config)
     folder = Path(run_folder(config))
-    done = folder / DONE
+    stop = GracefulStop(folder)
+    with joined(world):
+        outcome = _train(config, world, folder, stop, progress and world.is_first)
+    stop.hand_over()
+    return outcome
+
+
+def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, progress: bool) -> Outcome:
+    done, last = folder / DONE, folder / LAST
     if config.resume:
-        _check_folder(folder, config)
-    if config.resume and done.is_file():
+        agree(world, lambda: _check_folder(folder, config))
+    if config.resume and any(gather(world, done.is_file())):
         _log.info("%s is finished already", folder)
-        return Outcome(folder, True)
+        return Outcome(folder, True, is_first=world.is_first)
     L.seed_everything(config.seed, verbose=False)
     if config.threads:
         torch.set_num_threads(config.threads)
-    tokenizer = models.load_tokenizer(config.model)
-    if config.eval_after:
-        held_out_documents(config, tokenizer, 1)  # an error in it is told now, not after hours
-    data = RetrofitData(config, tokenizer)  # before the weights: what is wrong with the data costs no minutes
-    if data.packed is not None:
-        check_reachable(data.packed.rows, config)
-    module, base = build_module(config)
-    if not config.resume:
-        _clear(folder)  # now that nothing else can be wrong: an earlier run is not lost to a typing error
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
+    data = agree(world, lambda: _load_data(config))  # before the weights: what is wrong with it costs no minutes
+    check_same(world, "training rows", data.fingerprint() if world.size > 1 else None)
+    module, base = _load_module(config, world)
     provenance = {
         "config_hash": config_hash(config),
         "seed": config.seed,
         "steps": config.steps,
         "method": config.method,
     }
-    stop = GracefulStop(folder)
-    tracker = Tracker(config, folder) if config.tracking == "wandb" else None
+    if world.is_first:
+        _open_folder(folder, config)
+    gather(world, None)  # nobody looks for a file that the first process is about to remove
+    tracker = Tracker(config, folder) if config.tracking == "wandb" and world.is_first else None
     average = WeightAverage(config.average)
     callbacks = [
         JsonlMetrics(folder, config.log_every, tracker),
@@ -158,30 +166,52 @@ def train(config: TrainConfig, progress: bool = True) -> Outcome:
         stop,
         *([ProgressBar()] if progress else []),
     ]
-    trainer = L.Trainer(
-        max_steps=config.steps,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.clip,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        devices=1,
-        use_distributed_sampler=False,
-    )
-    last = folder / LAST
-    with handlers_restored():
+    trainer = build_trainer(config, world, callbacks)
+    with stop.listening():
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
     if tracker is not None:
         tracker.finish()
     if stop.stopped_by and trainer.global_step < config.steps:
-        return Outcome(folder, False, stop.stopped_by)
-    _tell_a_missed_target(folder, config)
-    done.write_text(json.dumps(provenance) + "\n")
-    last.unlink(missing_ok=True)
-    return Outcome(folder, True)
+        return Outcome(folder, False, stop.stopped_by, world.is_first)
+    if world.is_first:
+        _tell_a_missed_target(folder, config)
+        done.write_text(json.dumps(provenance) + "\n")
+        last.unlink(missing_ok=True)
+    return Outcome(folder, True, is_first=world.is_first)
+
+
+def _load_data(config: TrainConfig) -> RetrofitData:
+    tokenizer = models.load_tokenizer(config.model)
+    if config.eval_after:
+        held_out_documents(config, tokenizer, 1)  # an error in it is told now, not after hours
+    data = RetrofitData(config, tokenizer)
+    if data.packed is not None:
+        check_reachable(data.packed.rows, config)
+    return data
+
+
+def _load_module(config: TrainConfig, world: World) -> tuple[RetrofitModule, str]:
+    """The training module, cut over the processes if the strategy says so, and the fingerprint of the base."""
+    is_cut = world.size > 1 and config.strategy == "fsdp"
+    mesh = make_mesh(world) if is_cut else None
+
+    def load() -> tuple[RetrofitModule, str, str]:
+        module, base = build_module(config)
+        start = fingerprint(module.model)  # with what LoRA drew
+        if mesh is not None:
+            shard(module, mesh)
+        return module, base, start
+
+    module, base, start = in_turn(world, load) if is_cut else agree(world, load)
+    check_same(world, "weights to start from", start)
+    return module, base
+
+
+def _open_folder(folder: Path, config: TrainConfig) -> None:
+    if not config.resume:
+        _clear(folder)  # now that nothing else can be wrong: an earlier run is not lost to a typing error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2, sort_keys=True) + "\n")
 
 
 def _tell_a_missed_target(folder: Path, config: TrainConfig) -> None:

@@ -1,0 +1,112 @@
+"""A run that is told to stop finishes its step, saves `last.ckpt` and ends; the same command goes on from there.
+
+signal in any process -> flag -> agreed at the end of a step -> last.ckpt, once -> all processes leave
+SIGUSR2, if somebody (submitit) listens to it: as well, and then that handler is called: it requeues the job
+"""
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+_log = logging.getLogger(__name__)
+LAST = "last.ckpt"
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR2")  # of several, the last of these counts: it alone brings the run back
+
+
+def ends_a_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer stepped after this micro-batch; between two of them there is nothing to save or stop at."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+
+
+class GracefulStop(L.Callback):
+    """On SIGINT, SIGTERM or SIGUSR2: finishes the step, writes `last.ckpt`, ends the run, in every process at one step.
+
+    Alone, a second signal ends the process at once; among several it is no second wish, because launchers hand signals on
+    that the processes got already. `last.ckpt` is also written every `every` steps, and at the end of a step when
+    `every_seconds` and twenty times what it took to write the last one have passed since. SIGUSR2 is left alone where
+    nobody listens to it.
+    """
+
+    def __init__(self, folder: Path, every: int = 50, every_seconds: float = 120.0) -> None:
+        self.path, self.every, self.every_seconds = folder / LAST, every, every_seconds
+        self._saved, self._took = time.monotonic(), 0.0
+        self._is_alone = True
+        self._before: dict[int, Any] = {}
+        self.stopped_by: str | None = None
+
+    # -- signals -----------------------------------------------------------------------------------------------------
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals are noted; the handlers of before, Lightning's not among them, stand again after it."""
+        self._before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, _SIGNALS)}
+        try:
+            self._listen()
+            yield
+        finally:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number, handler in self._before.items():
+            if number != signal.SIGUSR2 or callable(handler):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        name = signal.Signals(number).name
+        self.stopped_by = max(name, self.stopped_by or name, key=_SIGNALS.index)
+        hint = ""
+        if self._is_alone and number != signal.SIGUSR2:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            hint = "; once more to end at once"
+        _log.warning("%s: the step is finished and saved first%s", name, hint)
+
+    def hand_over(self) -> None:
+        """Calls the handler of SIGUSR2 that stood before, if that signal came: submitit's, which requeues the job.
+
+        It may end the process. Call it when nothing is left to write.
+        """
+        if self.stopped_by == "SIGUSR2" and callable(handler := self._before[signal.SIGUSR2]):
+            handler(signal.SIGUSR2, None)
+
+    # -- Lightning ---------------------------------------------------------------------------------------------------
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._is_alone = trainer.world_size == 1
+        self._listen()  # after Lightning's own handlers
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int) -> None:
+        if not ends_a_step(trainer, index):
+            return
+        elapsed = time.monotonic() - self._saved
+        is_late = elapsed > max(self.every_seconds, 20 * self._took)
+        self.stopped_by, is_late = self._agreed(trainer, is_late)
+        if self.stopped_by or is_late or trainer.global_step % self.every == 0:
+            self.save(trainer)
+        if self.stopped_by:
+            trainer.should_stop = True
+
+    def _agreed(self, trainer: L.Trainer, is_late: bool) -> tuple[str | None, bool]:
+        """The signal that any process got, and whether any is late."""
+        if self._is_alone:
+            return self.stopped_by, is_late
+        flags = [_SIGNALS.index(self.stopped_by) + 1 if self.stopped_by else 0, int(is_late)]
+        flags = torch.tensor(flags, device=trainer.strategy.root_device)
+        number, is_late = trainer.strategy.reduce(flags, reduce_op="max").tolist()
+        return (_SIGNALS[number - 1] if number else None), bool(is_late)
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Writes `last.ckpt` under a temporary name and renames it; when it returns, in any process, it is there."""
+        start = time.monotonic()
+        temporary = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            temporary.replace(self.path)
+        trainer.strategy.barrier("last.ckpt")
+        self._saved = time.monotonic()
+        self._took = self._saved - start
