@@ -8,9 +8,8 @@ from pathlib import Path
 from dms_lab import models, plots, results, terminal
 from dms_lab.checkpoint import METADATA, read_metadata
 from dms_lab.config import ModelConfig, TrainConfig, config_hash, resolve
-from dms_lab.evaluation import evaluated
-from dms_lab.evaluation.partial import Partial
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
+from dms_lab.tracking import evaluation_id, log_evaluations
 from dms_lab.training.data import held_out_documents
 
 _log = logging.getLogger(__name__)
@@ -56,26 +55,10 @@ def evaluate_run(
     `checkpoint` names one member, to evaluate that alone.
     """
     subject = subject_of(config, folder, checkpoints_of(checkpoint or folder, method_name(config)) | (others or {}))
-    record(evaluate(subject, _rivals_at(config, subject)), folder)
+    record(evaluate(subject, rivals_at(config, subject)), folder, tracking=config.tracking)
 
 
-def evaluate_once(config: TrainConfig, folder: Path) -> None:
-    """As `evaluate_run`, where that was not done with these settings yet; after a kill it goes on, and no row comes twice.
-
-    For one process at a time (`sweeping.job` locks the folder).
-    """
-    what = evaluated.own_evaluation(config)
-    if evaluated.is_recorded(folder, what):
-        return
-    evaluated.drop_cut_off_line(folder)
-    partial, before = Partial(folder, what), evaluated.num_rows(folder)
-    subject = subject_of(config, folder, checkpoints_of(folder, method_name(config)))
-    record(evaluate(subject, _rivals_at(config, subject), partial), folder, append=results.append_new)
-    evaluated.record(folder, what, evaluated.num_rows(folder) - before)
-    partial.remove()
-
-
-def _rivals_at(config: TrainConfig, subject: Subject) -> tuple[float, ...]:
+def rivals_at(config: TrainConfig, subject: Subject) -> tuple[float, ...]:
     """The CRs of the family at whose measured budgets untrained rivals are measured too."""
     if config.eval.rivals and not subject.knows_tasks:
         _log.info("no untrained rivals: they run on the generated tasks, and this run's evaluation is held-out text")
@@ -100,8 +83,12 @@ def record(
     parts: Iterable[list[results.Result]],
     folder: Path,
     append: Callable[[Path, list[results.Result]], None] = results.append,
+    tracking: str = "none",
 ) -> None:
-    """Appends each part to `results.jsonl` as it is measured; ends with the table, and figures if there are accuracies."""
+    """Appends each part to `results.jsonl` as it is measured; ends with the table, and figures if there are accuracies.
+
+    With `tracking="wandb"` what was measured gets its run in W&B.
+    """
     console = terminal.console()
     path = folder / results.RESULTS
     found: list[results.Result] = []
@@ -118,3 +105,5 @@ def record(
         for figure in plots.pareto_figures(frame, folder):
             console.print(f"figure: {figure}")
     console.print(f"results: {path}")
+    if tracking == "wandb":
+        log_evaluations(path, {evaluation_id(vars(result)) for result in found})
