@@ -54,7 +54,8 @@ def ratio_figure(points: "pd.DataFrame", published: "pd.DataFrame | None" = None
 def published_means(published: "pd.DataFrame | None", rows: "pd.DataFrame") -> "pd.DataFrame":
     """Published means over the tasks of `rows`, of the model of `rows`: those that were published for each of the tasks.
 
-    Columns: method, compression_ratio, window, accuracy.
+    Of chains as long as those of `rows`, where it was said how long they were. Columns: method, compression_ratio, window,
+    accuracy.
     """
     import pandas as pd
 
@@ -63,6 +64,7 @@ def published_means(published: "pd.DataFrame | None", rows: "pd.DataFrame") -> "
         return pd.DataFrame(columns=[*by, "accuracy"])
     tasks = set(rows["tasks"].iloc[0].split(", "))
     found = published[(published["model"] == rows["model"].iloc[0]) & published["task"].isin(tasks)]
+    found = found[found["max_tokens"].isna() | (found["max_tokens"] == rows["max_tokens"].iloc[0])]
     means = found.groupby(by, as_index=False, dropna=False).agg(accuracy=("accuracy", "mean"), tasks=("task", "nunique"))
     return means[means["tasks"] == len(tasks)].drop(columns="tasks")
 

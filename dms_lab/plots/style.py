@@ -76,6 +76,7 @@ STYLE = {
     "random": _look("#999999", "*", "star", "random", 2),
     "quest": _look("#8c564b", "p", "pentagon", "Quest", 4),
     "offload": _look("#444444", "h", "hexagon", "offload", 5),
+    "dmc": _look("#7b4173", (5, 0, 180), "triangle-nw", "DMC", 3),  # published only
     # Presses of kvpress, by their names without "kvpress/" and "Press"; what a press wraps stands in brackets.
     "kvpress/none": _look("#666666", (4, 1, 0), "star-diamond", "no press (kvpress)", 2),
     "kvpress/knorm": _look("#7a7a00", "<", "triangle-left", "Knorm (kvpress)", 1),
@@ -83,7 +84,7 @@ STYLE = {
     "kvpress/snapkv": _look("#c51b7d", "d", "diamond-tall", "SnapKV (kvpress)", 4),
     "kvpress/expectedattention": _look("#17a2b8", "H", "hexagon2", "ExpectedAttention (kvpress)", 2),
     "kvpress/kvzip": _look("#a50f15", (6, 1, 0), "hexagram", "KVzip (kvpress)", 5),
-    "kvpress/kvcompose": _look("#35978f", (5, 0, 180), "hourglass", "KVCompose (kvpress)", 0),
+    "kvpress/kvcompose": _look("#35978f", (7, 1, 0), "hourglass", "KVCompose (kvpress)", 0),
     "kvpress/pyramidkv": _look("#b8860b", (3, 0, 20), "triangle-ne", "PyramidKV (kvpress)", 3),
     "kvpress/observedattention": _look("#dd3497", "8", "octagon", "ObservedAttention (kvpress)", 1),
     "kvpress/tova": _look("#41ae76", (4, 1, 45), "star-square", "TOVA (kvpress)", 4),

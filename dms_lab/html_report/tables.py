@@ -1,0 +1,266 @@
+"""The tables of an analysis, for the report and the terminal alike: points, margins, equal accuracy, equal budget."""
+
+from typing import TYPE_CHECKING, Any
+
+from dms_lab.html_report.page import Cell, Table
+from dms_lab.plots import display_name, sorting_key
+from dms_lab.plots.style import natural
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table as RichTable
+
+_SHORT = {"kv_reads": "KV reads", "peak_tokens": "peak", "kv_bytes_peak": "peak memory"}
+_BUDGETS = list(_SHORT)
+_NOWHERE = Cell("no common budget")
+
+
+# -- cells ---------------------------------------------------------------------------------------------------------------
+def is_missing(value: Any) -> bool:
+    """Whether there is no number."""
+    return value is None or value != value
+
+
+def text(value: Any) -> Cell:
+    """A text as it is; nothing where there is none."""
+    return Cell("") if is_missing(value) or value == "" else Cell(str(value), str(value))
+
+
+def method(name: str) -> Cell:
+    """A method by the name it has in figures."""
+    return text(display_name(name))
+
+
+def number(value: Any, digits: int = 0) -> Cell:
+    """A number; trailing zeros are kept, so that columns align."""
+    return Cell("") if is_missing(value) else Cell(f"{value:.{digits}f}", float(value))
+
+
+def mebibytes(value: Any) -> Cell:
+    """Bytes in MiB."""
+    return Cell("") if is_missing(value) else number(value / 2**20, 3 if value < 2**24 else 1)
+
+
+def percent(value: Any, low: Any = None, high: Any = None, sign: bool = False) -> Cell:
+    """A share in percent with its interval; `sign` for differences, in points."""
+    if is_missing(value):
+        return Cell("")
+    style = "+.1f" if sign else ".1f"
+    shown = f"{100 * value:{style}}"
+    if not (is_missing(low) or is_missing(high)):
+        shown += f" [{100 * low:{style}}, {100 * high:{style}}]"
+    return Cell(shown, float(value))
+
+
+def table(caption: str, rows: list[dict[str, Cell]]) -> Table:
+    """A table of rows by column name, without columns that are empty throughout; numbers stand to the right."""
+    names = [name for name in (rows[0] if rows else []) if any(row[name].text for row in rows)]
+    numeric = frozenset(name for name in names if not any(isinstance(row[name].value, str) for row in rows))
+    return Table(caption, names, [[row[name] for name in names] for row in rows], numeric)
+
+
+def to_rich(shown: Table) -> "RichTable":
+    """The table for the terminal."""
+    from rich.markup import escape
+    from rich.table import Table as RichTable
+
+    made = RichTable(title=escape(shown.caption), title_justify="left")
+    for name in shown.columns:
+        made.add_column(escape(name), justify="right" if name in shown.numeric else "left", overflow="fold")
+    for row in shown.rows:
+        made.add_row(*(escape(cell.text) for cell in row))
+    return made
+
+
+def ordered(frame: "pd.DataFrame", *by: str) -> list[dict]:
+    """Rows by method as in figures, by variant, then by the columns in `by`."""
+
+    def place(value: Any) -> float:
+        return _BUDGETS.index(value) if value in _BUDGETS else -1.0 if is_missing(value) else value
+
+    def key(row: dict) -> tuple:
+        return (*sorting_key(row["method"]), natural(row["variant"]), *(place(row[name]) for name in by))
+
+    return sorted(frame.to_dict("records"), key=key)
+
+
+# -- tables --------------------------------------------------------------------------------------------------------------
+def points_table(points: "pd.DataFrame", caption: str = "Points, in percent with 95 % intervals") -> Table:
+    """Every point of one model and set of tasks; `frontier` marks those that no point of the same curve beats."""
+    rows = []
+    for row in ordered(points, "target_cr", "width", "max_tokens"):
+        best = [mark for mark, name in (("r", "kv_reads"), ("p", "peak_tokens")) if row[f"is_frontier_{name}"]]
+        rows.append(
+            {
+                "method": method(row["method"]),
+                "variant": text(row["variant"]),
+                "CR": number(row["target_cr"], 2 if row["target_cr"] % 1 else 0),
+                "measured": number(row["measured_cr"], 2),
+                "W": number(row["width"]),
+                "L": number(row["max_tokens"]),
+                "accuracy": percent(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
+                "perplexity": number(row["perplexity"], 2),
+                "KV reads": number(row["kv_reads"]),
+                "peak": number(row["peak_tokens"]),
+                "MiB": mebibytes(row["kv_bytes_peak"]),
+                "frontier": text("".join(best)),
+                "seeds": number(row["num_seeds"]),
+                "problems": number(row["num_problems"]),
+            }
+        )
+    return table(caption, rows)
+
+
+def margins_table(margins: "pd.DataFrame", caption: str) -> Table:
+    """A row a curve (and CR, where curves are by CR), a column a budget: the margin in points with its interval."""
+    keys = ["method", "variant", *(["target_cr"] if "target_cr" in margins else [])]
+    rows = []
+    for row in ordered(margins.drop_duplicates(keys), *keys[2:]):
+        mine = margins[(margins[keys] == [row[key] for key in keys]).all(axis=1)].set_index("budget")
+        cells = {"method": method(row["method"]), "variant": text(row["variant"])}
+        if "target_cr" in row:
+            cells["CR"] = number(row["target_cr"], 2 if row["target_cr"] % 1 else 0)
+        for budget, name in _SHORT.items():
+            cells[name] = _margin(mine.loc[budget].to_dict()) if budget in mine.index else Cell("")
+        rows.append(cells)
+    return table(caption, rows)
+
+
+def _margin(row: dict) -> Cell:
+    return _NOWHERE if is_missing(row["margin"]) else percent(row["margin"], row["low"], row["high"], sign=True)
+
+
+def equal_accuracy_table(frame: "pd.DataFrame", caption: str) -> Table:
+    """How many times less a curve needs than the baseline for the accuracy of each of its frontier points."""
+    rows = [
+        {
+            "method": method(row["method"]),
+            "variant": text(row["variant"]),
+            "budget": text(_SHORT[row["budget"]]),
+            "baseline: W": number(row["against_width"]),
+            "baseline: L": number(row["against_max_tokens"]),
+            "accuracy": percent(row["accuracy"]),
+            "baseline needs": _cost(row["at"], row["budget"]),
+            "needs": _cost(row["needed"], row["budget"]),
+            "times less": _times(row),
+            "status": text(row["status"]),
+        }
+        for row in ordered(frame, "budget", "at")
+    ]
+    return table(caption, rows)
+
+
+def _times(row: dict) -> Cell:
+    shown = number(row["ratio"], 2)
+    if is_missing(row["ratio"]) or is_missing(row["low"]) or is_missing(row["high"]):
+        return shown
+    return Cell(f"{shown.text} [{row['low']:.2f}, {row['high']:.2f}]", shown.value)
+
+
+def equal_budget_table(frame: "pd.DataFrame", caption: str) -> Table:
+    """How accurate a curve is at the cost of each of the baseline's frontier points."""
+    rows = [
+        {
+            "method": method(row["method"]),
+            "variant": text(row["variant"]),
+            "budget": text(_SHORT[row["budget"]]),
+            "baseline: W": number(row["against_width"]),
+            "baseline: L": number(row["against_max_tokens"]),
+            "budget of baseline": _cost(row["at"], row["budget"]),
+            "accuracy": percent(row["accuracy"]),
+            "of baseline": percent(row["against_accuracy"]),
+            "difference": percent(row["difference"], row["low"], row["high"], sign=True),
+            "status": text("not measured there" if is_missing(row["accuracy"]) else ""),
+        }
+        for row in ordered(frame, "budget", "at")
+    ]
+    return table(caption, rows)
+
+
+def _cost(value: Any, budget: str) -> Cell:
+    shown = mebibytes(value) if budget == "kv_bytes_peak" else number(value)
+    return Cell(f"{shown.text} MiB", shown.value) if shown.text and budget == "kv_bytes_peak" else shown
+
+
+def versus_table(margins: "pd.DataFrame", accuracy: "pd.DataFrame", budgets: "pd.DataFrame", caption: str) -> Table:
+    """One row a curve and budget: its margin, what it needs for the baseline's accuracy, its accuracy at equal budget.
+
+    The last two at the most accurate and the most expensive point of the baseline that the curve reaches.
+    """
+    keys = ["method", "variant", "budget"]
+    rows = []
+    for row in ordered(margins, "budget"):
+        same = [frame[(frame[keys] == [row[key] for key in keys]).all(axis=1)] for frame in (accuracy, budgets)]
+        reached = same[0][same[0]["ratio"].notna()].sort_values("accuracy").tail(1).to_dict("records")
+        covered = same[1][same[1]["difference"].notna()].sort_values("at").tail(1).to_dict("records")
+        wide = row["budget"]
+        cells = {"method": method(row["method"]), "variant": text(row["variant"]), "budget": text(_SHORT[wide])}
+        cells["margin"] = _margin(row)
+        cells["times less"] = _times(reached[0]) if reached else Cell("")
+        cells["for accuracy"] = percent(reached[0]["accuracy"]) if reached else _status(same[0])
+        cells["difference"] = _difference(covered[0]) if covered else Cell("")
+        cells["at a budget of"] = _cost(covered[0]["at"], wide) if covered else Cell("")
+        rows.append(cells)
+    return table(caption, rows)
+
+
+def _difference(row: dict) -> Cell:
+    return percent(row["difference"], row["low"], row["high"], sign=True)
+
+
+def _status(rows: "pd.DataFrame") -> Cell:
+    return Cell(", ".join(sorted(set(rows["status"])))) if len(rows) else Cell("")
+
+
+def published_table(points_by_task: dict[str, "pd.DataFrame"], scores: "pd.DataFrame") -> Table | None:
+    """Published scores beside what was measured of the same model, task, method and CR, of single chains at their longest.
+
+    None if nothing of these models and tasks was published.
+    """
+    rows = []
+    for task, points in points_by_task.items():
+        for score in scores[scores["task"] == task].to_dict("records"):
+            same = points[(points["model"] == score["model"]) & (points["method"] == score["method"])]
+            same = same[same["target_cr"] == score["compression_ratio"]]
+            for row in same.to_dict("records") or [{}]:
+                measured = row.get("accuracy")
+                rows.append(
+                    {
+                        "model": text(score["model"]),
+                        "task": text(task),
+                        "method": method(score["method"]),
+                        "variant": text(row.get("variant", "")),
+                        "CR": number(score["compression_ratio"]),
+                        "published": percent(score["accuracy"]),
+                        "measured": percent(measured, row.get("accuracy_low"), row.get("accuracy_high")),
+                        "difference": percent(None if is_missing(measured) else measured - score["accuracy"], sign=True),
+                        "published: L": number(score["max_tokens"]),
+                        "measured: L": number(row.get("max_tokens")),
+                        "source": text(score["source"]),
+                    }
+                )
+    return table("Published beside measured, in percent", rows) if rows else None
+
+
+def runs_table(frame: "pd.DataFrame") -> Table:
+    """What computed the results: a row for each run, its seed, configuration, code and versions."""
+    rows = []
+    names = ["model", "run_id", "seed", "config_hash", "git_revision"]
+    versions = frame["versions"].map(lambda found: ", ".join(f"{name} {found[name]}" for name in sorted(found)))
+    for key, mine in frame.assign(_versions=versions).groupby([*names, "_versions"], sort=True):
+        model, run, seed, config, revision, made_with = key
+        methods = sorted(mine["method"].unique(), key=sorting_key)
+        rows.append(
+            {
+                "model": text(model),
+                "run": text(run),
+                "seed": number(seed),
+                "configuration": text(config),
+                "methods": text(", ".join(display_name(name) for name in methods)),
+                "rows": number(len(mine)),
+                "tokens": number(mine["tokens_generated"].sum()),
+                "revision": text(revision),
+                "versions": text(made_with),
+            }
+        )
+    return table("What computed the results", rows)
