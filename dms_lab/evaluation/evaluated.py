@@ -9,6 +9,7 @@ from typing import Any
 from dms_lab.config import TrainConfig
 
 EVALUATED = "evaluated.json"
+PART = "evaluation.part.jsonl"  # of `partial`: what an evaluation has measured that is not finished
 _RESULTS = "results.jsonl"  # as in `results`
 
 

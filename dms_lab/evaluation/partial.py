@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dms_lab.evaluation.evaluated import PART
 from dms_lab.evaluation.suite import Job
 from dms_lab.results import Result
 
-PART = "evaluation.part.jsonl"
 Measured = tuple[list[Result], float]
 
 

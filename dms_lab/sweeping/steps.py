@@ -66,8 +66,13 @@ class OwnEvaluation:
     def folder(self) -> Path:
         return Path(run_folder(self.config))
 
+    @property
+    def what(self) -> dict[str, Any]:
+        """What is recorded of it in the folder."""
+        return own_evaluation(self.config)
+
     def is_done(self) -> bool:
-        return is_recorded(self.folder, own_evaluation(self.config))
+        return is_recorded(self.folder, self.what)
 
     def run(self) -> None:
         """Evaluates the run's family and its rivals, or goes on."""
@@ -89,8 +94,13 @@ class Dialled:
     def folder(self) -> Path:
         return Path(run_folder(self.run_config))
 
+    @property
+    def what(self) -> dict[str, Any]:
+        """What is recorded of it in the folder."""
+        return dialled_evaluation(self._asked(), self.config.cr, self.config.calibrate)
+
     def is_done(self) -> bool:
-        return is_recorded(self.folder, dialled_evaluation(self._asked(), self.config.cr, self.config.calibrate))
+        return is_recorded(self.folder, self.what)
 
     def run(self) -> None:
         """Evaluates at each ratio, or goes on."""
@@ -122,12 +132,13 @@ class Benchmarks:
         place = Path(self.config.checkpoint)
         return place.parent.parent if (place / "dms.json").is_file() else place
 
-    def is_done(self) -> bool:
-        return is_recorded(self.folder, self._what)
-
     @property
-    def _what(self) -> dict[str, Any]:
+    def what(self) -> dict[str, Any]:
+        """What is recorded of it in the folder."""
         return {"benchmarks": evaluation_hash(self.config), "tasks": list(self.config.eval.tasks)}
+
+    def is_done(self) -> bool:
+        return is_recorded(self.folder, self.what)
 
     def run(self) -> None:
         """Generates and grades what the store does not have."""
@@ -141,7 +152,7 @@ class Benchmarks:
         drop_cut_off_line(self.folder)
         before = num_rows(self.folder)
         evaluate_benchmarks(self.config)
-        record(self.folder, self._what, num_rows(self.folder) - before)
+        record(self.folder, self.what, num_rows(self.folder) - before)
 
 
 Step = Training | OwnEvaluation | Dialled | Benchmarks

@@ -17,6 +17,7 @@ from dms_lab import models
 from dms_lab.attachment import retrofit
 from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
+from dms_lab.evaluation.evaluated import EVALUATED, PART
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.tracking import Tracker
 from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
@@ -114,7 +115,7 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left in its folder; anything else stays."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.json", "metrics.jsonl", "results.jsonl", LAST, DONE):
+    for name in ("config.json", "metrics.jsonl", "results.jsonl", LAST, DONE, EVALUATED, PART):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -175,7 +176,9 @@ def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, 
         return Outcome(folder, False, stop.stopped_by, world.is_first)
     if world.is_first:
         _tell_a_missed_target(folder, config)
-        done.write_text(json.dumps(provenance) + "\n")
+        temporary = done.with_suffix(".tmp")
+        temporary.write_text(json.dumps(provenance) + "\n")
+        temporary.replace(done)
         last.unlink(missing_ok=True)
     return Outcome(folder, True, is_first=world.is_first)
 
