@@ -20,7 +20,7 @@ def cells(scores, budget, task="t", shared=True):
 
 
 def accuracy(_, values):
-    return values[0]
+    return values[:, 0]
 
 
 def ability(rng, num_seeds, num_problems, level, hardness=1.0, noise=0.0):
@@ -136,14 +136,14 @@ def test_a_seed_that_was_measured_twice_counts_once():
 
 def test_a_point_without_the_seeds_that_were_drawn_keeps_its_own():
     a, b = cells([[1.0, 1.0], [0.0, 0.0]], 1.0), cells([[1.0, 1.0]], 1.0)
-    found = pareto.resample([[a], [b]], lambda _, mine, __, other: np.array([mine[0], other[0]]), 200)
+    found = pareto.resample([[a], [b]], lambda _, mine, __, other: np.concatenate([mine, other], 1), 200)
     assert set(found[:, 0]) == {0.0, 0.5, 1.0}
     assert set(found[:, 1]) == {1.0}
 
 
 def test_budgets_follow_the_seeds():
     points = [[Cell("t", seed, "all", (0.5, 0.5), budget) for seed, budget in enumerate((10.0, 20.0))]]
-    found = pareto.resample([points], lambda budget, _: budget[0], 200)
+    found = pareto.resample([points], lambda budget, _: budget[:, 0], 200)
     assert set(found) == {10.0, 15.0, 20.0}
 
 

@@ -109,7 +109,7 @@ class MeasuredPoint:
         cells = self.cells("kv_reads")
         if cells is None:
             return self._of_shares()
-        low, high = pareto.interval_of(pareto.resample([[cells]], lambda _, accuracy: accuracy[0]))
+        low, high = pareto.interval_of(pareto.resample([[cells]], lambda _, accuracy: accuracy[:, 0]))
         if any(len(scores) == 1 for scores in _scores_by_task(cells)):
             shares = self._of_shares()
             low, high = np.nanmin([low, shares[0]]), np.nanmax([high, shares[1]])

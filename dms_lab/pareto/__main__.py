@@ -45,7 +45,7 @@ def _compare(asked: argparse.Namespace, command: str) -> None:
     out = _out(asked)
     from rich.markup import escape
 
-    from dms_lab import html_report
+    from dms_lab import html_report, tracking
     from dms_lab.html_report import analysis, content, sources, tables
     from dms_lab.terminal import console
 
@@ -64,7 +64,9 @@ def _compare(asked: argparse.Namespace, command: str) -> None:
     paths.append(html_report.write(content.page_of(found, origin, title, command), out / "report.html"))
     terminal.print("\n".join(str(path) for path in paths if path.suffix != ".svg"), highlight=False, markup=False)
     if asked.wandb:
-        _log_to_wandb(asked.places, found, paths[-1])
+        compared = tracking.Comparison(found.points, found.margins, tuple(found.warnings), paths[-1])
+        sent = tracking.rebuild(asked.places, compared, out)
+        terminal.print(f"W&B has {len(sent)} runs: {' '.join(sent)}", highlight=False)
 
 
 def _out(asked: argparse.Namespace) -> Path:
@@ -75,16 +77,6 @@ def _out(asked: argparse.Namespace) -> Path:
         raise ValueError("several places are compared: say with --out where the files of their comparison go")
     place = asked.places[0]
     return place if place.is_dir() else place.parent
-
-
-def _log_to_wandb(places: list[Path], found, report: Path) -> None:
-    """The comparison, its report and the runs of each place have their W&B runs."""
-    from dms_lab import tracking
-
-    compared = tracking.Comparison(found.points, found.margins, tuple(found.warnings), report)
-    for place in places:
-        for run_id in tracking.rebuild(place, compared):
-            print(f"W&B: {run_id}")
 
 
 if __name__ == "__main__":

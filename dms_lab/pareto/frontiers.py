@@ -2,6 +2,10 @@
 
 A frontier is read linearly between its points, on the scale of the budget that `axis` names, and nowhere beyond its ends:
 what was not measured is NaN, never extrapolated.
+
+    N points -> rising: N points again, beaten ones replaced by the one before them -> read, integrate
+
+That keeps the curve and its shape [..., N], so that many resamples are computed at once (`resampling`).
 """
 
 import math
@@ -11,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 AXES = ("linear", "log2")
+Curves = tuple[np.ndarray, np.ndarray]  # positions on the axis and accuracies, [..., N] each, neither ever falling
 
 
 def frontier(budget: Sequence[float], accuracy: Sequence[float]) -> np.ndarray:
@@ -18,20 +23,15 @@ def frontier(budget: Sequence[float], accuracy: Sequence[float]) -> np.ndarray:
 
     Raises `ValueError` if there is no point, or one that is not finite (a task without accuracy, say).
     """
-    budget, accuracy = np.asarray(budget, float), np.asarray(accuracy, float)
-    if not len(budget) or not (np.isfinite(budget).all() and np.isfinite(accuracy).all()):
-        raise ValueError("a frontier needs at least one point, and finite budgets and accuracies; drop rows without them")
-    order = np.lexsort((-accuracy, budget))
-    best = np.maximum.accumulate(accuracy[order])
-    return order[np.concatenate([[True], best[1:] > best[:-1]])]
+    order, kept = _order(np.asarray(budget, float), np.asarray(accuracy, float))
+    return order[kept]
 
 
 def common_interval(
     budget_a: Sequence[float], accuracy_a: Sequence[float], budget_b: Sequence[float], accuracy_b: Sequence[float]
 ) -> tuple[float, float]:
     """The largest interval of budgets that the frontiers of A and B both cover; NaN where they do not meet."""
-    a, b = _curve(budget_a, accuracy_a, "linear")[0], _curve(budget_b, accuracy_b, "linear")[0]
-    low, high = max(a[0], b[0]), min(a[-1], b[-1])
+    low, high = _common(rising(budget_a, accuracy_a, "linear"), rising(budget_b, accuracy_b, "linear"))
     return (float(low), float(high)) if low <= high else (math.nan, math.nan)
 
 
@@ -40,8 +40,7 @@ def accuracy_at(budget: Sequence[float], accuracy: Sequence[float], at: ArrayLik
 
     Raises `ValueError` as `margin` does.
     """
-    x, y = _curve(budget, accuracy, axis)
-    return _read(_scaled(at, axis), x, y)
+    return _read_each(scaled(at, axis), *rising(budget, accuracy, axis))
 
 
 def budget_at(budget: Sequence[float], accuracy: Sequence[float], at: ArrayLike, axis: str = "log2") -> np.ndarray:
@@ -49,12 +48,13 @@ def budget_at(budget: Sequence[float], accuracy: Sequence[float], at: ArrayLike,
 
     NaN for one that is never reached, and for one below that of the cheapest point: what that costs was not measured.
     """
-    x, y = _curve(budget, accuracy, axis)
-    found = _read(at, y, x)
-    if axis == "linear":
-        return found
-    ends = np.asarray(budget, float)[frontier(budget, accuracy)[[0, -1]]]
-    return np.clip(2**found, *ends)  # 2 ** log2(x) may be a rounding beside it
+    x, y = rising(budget, accuracy, axis)
+    found = _read_each(np.asarray(at, float), y, x)
+    return 2**found if axis == "log2" else found
+
+
+def _read_each(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return read(at.reshape(-1), x, y).reshape(at.shape)
 
 
 def area(budget: Sequence[float], accuracy: Sequence[float], low: float, high: float, axis: str = "log2") -> float:
@@ -65,8 +65,9 @@ def area(budget: Sequence[float], accuracy: Sequence[float], low: float, high: f
     """
     if low > high:
         raise ValueError(f"an area from budget {low:g} to {high:g} has its ends in the wrong order; give the smaller first")
-    x, y = _curve(budget, accuracy, axis)
-    return _area(x, y, _scaled(low, axis), _scaled(high, axis))
+    curve, (start, end) = rising(budget, accuracy, axis), scaled([low, high], axis)
+    knots = np.sort(np.clip(np.concatenate([curve[0], [start, end]]), start, end))
+    return float(np.trapezoid(read(knots, *curve), knots))
 
 
 def margin(
@@ -82,22 +83,52 @@ def margin(
     Source: Lancucki et al. 2025, section 5 (their plots use log2). Raises `ValueError` for an unknown axis, points
     that are not finite, or a budget that has no logarithm.
     """
-    a, b = _curve(budget_a, accuracy_a, axis), _curve(budget_b, accuracy_b, axis)
-    low, high = max(a[0][0], b[0][0]), min(a[0][-1], b[0][-1])
-    if low > high:
-        return math.nan
-    if low == high:
-        return float(_read(low, *a) - _read(low, *b))
-    return (_area(*a, low, high) - _area(*b, low, high)) / float(high - low)
+    return float(margins(rising(budget_a, accuracy_a, axis), rising(budget_b, accuracy_b, axis)))
 
 
-def _curve(budget: Sequence[float], accuracy: Sequence[float], axis: str) -> tuple[np.ndarray, np.ndarray]:
-    """The frontier's budgets on the axis, and its accuracies: both rise strictly."""
-    index = frontier(budget, accuracy)
-    return _scaled(np.asarray(budget, float)[index], axis), np.asarray(accuracy, float)[index]
+# -- of many sets of points at once ---------------------------------------------------------------------------------------
+def rising(budget: ArrayLike, accuracy: ArrayLike, axis: str) -> Curves:
+    """The frontiers of points [..., N] on the axis, with the point before it in the place of each that is beaten."""
+    budget, accuracy = np.asarray(budget, float), np.asarray(accuracy, float)
+    order, kept = _order(budget, accuracy)
+    place = np.maximum.accumulate(np.where(kept, np.arange(order.shape[-1]), 0), -1)
+    order = np.take_along_axis(order, place, -1)
+    return np.take_along_axis(scaled(budget, axis), order, -1), np.take_along_axis(accuracy, order, -1)
 
 
-def _scaled(budget: ArrayLike, axis: str) -> np.ndarray:
+def margins(a: Curves, b: Curves) -> np.ndarray:
+    """`margin` of each pair of curves, [...]."""
+    low, high = (end[..., None] for end in _common(a, b))
+    knots = np.sort(np.clip(np.concatenate([a[0], b[0], low, high], -1), low, high), -1)
+    difference, length = read(knots, *a) - read(knots, *b), (high - low)[..., 0]
+    mean = np.trapezoid(difference, knots, axis=-1) / np.where(length > 0, length, 1)
+    return np.where(length > 0, mean, np.where(length == 0, difference[..., 0], math.nan))
+
+
+def read(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """y at the positions `at` [..., M] of x [..., N] that never falls; NaN beyond its ends."""
+    passed = (x[..., None, :] <= at[..., :, None]).sum(-1)  # [..., M], points at or before
+    left, right = np.clip(passed - 1, 0, None), np.clip(passed, 0, x.shape[-1] - 1)
+    (x0, x1), (y0, y1) = ([np.take_along_axis(v, index, -1) for index in (left, right)] for v in (x, y))
+    share = (at - x0) / np.where(x1 > x0, x1 - x0, 1)
+    return np.where((passed == 0) | (at > x[..., -1:]), math.nan, y0 + share * (y1 - y0))
+
+
+def _common(a: Curves, b: Curves) -> tuple[np.ndarray, np.ndarray]:
+    return np.maximum(a[0][..., 0], b[0][..., 0]), np.minimum(a[0][..., -1], b[0][..., -1])
+
+
+def _order(budget: np.ndarray, accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The order of points [..., N] by rising budget, the most accurate of equals first; and which of them stay."""
+    if not budget.shape[-1] or not (np.isfinite(budget).all() and np.isfinite(accuracy).all()):
+        raise ValueError("a frontier needs at least one point, and finite budgets and accuracies; drop rows without them")
+    order = np.lexsort((-accuracy, budget), -1)
+    best = np.maximum.accumulate(np.take_along_axis(accuracy, order, -1), -1)
+    return order, np.diff(best, axis=-1, prepend=-math.inf) > 0
+
+
+def scaled(budget: ArrayLike, axis: str) -> np.ndarray:
+    """Budgets on the axis. Raises `ValueError` for an unknown axis, and for a budget that has no logarithm."""
     if axis not in AXES:
         raise ValueError(f"axis={axis!r} is not known; choose one of {', '.join(AXES)}")
     if axis == "linear":
@@ -105,14 +136,3 @@ def _scaled(budget: ArrayLike, axis: str) -> np.ndarray:
     if np.min(budget) <= 0:
         raise ValueError(f"a budget of {np.min(budget):g} has no place on a log2 axis; drop the point or use axis='linear'")
     return np.log2(budget)
-
-
-def _read(at: ArrayLike, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.interp(at, x, y, left=math.nan, right=math.nan)
-
-
-def _area(x: np.ndarray, y: np.ndarray, low: float, high: float) -> float:
-    if not x[0] <= low <= high <= x[-1]:
-        return math.nan
-    knots = np.concatenate([[low], x[(x > low) & (x < high)], [high]])
-    return float(np.trapezoid(np.interp(knots, x, y), knots))

@@ -22,13 +22,13 @@ def mean_interval(shares: Sequence[float], lows: Sequence[float], highs: Sequenc
     """95 % interval of the mean of independent shares, from the 95 % interval of each (Zou & Donner 2008, MOVER).
 
     The distances from the shares to their ends add up as squares, below and above apart: narrower than the mean of the
-    ends, and it keeps the skew of shares near 0 or 1. Raises `ValueError` without shares.
+    ends, and it keeps the skew of shares near 0 or 1. NaN if an end is. Raises `ValueError` without shares.
     """
     if not len(shares):
         raise ValueError("an interval needs at least one share")
     points, low, high = (np.asarray(x, float) for x in (shares, lows, highs))
     below, above = (math.sqrt(float((d**2).sum())) / len(points) for d in (points - low, high - points))
-    return max(0.0, float(points.mean()) - below), min(1.0, float(points.mean()) + above)
+    return float(np.maximum(0.0, points.mean() - below)), float(np.minimum(1.0, points.mean() + above))
 
 
 def bootstrap_interval(

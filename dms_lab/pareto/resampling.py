@@ -7,13 +7,14 @@ A point's accuracy is the mean over tasks of the mean over seeds of the mean ove
 methods share (a hard problem, a lucky seed) moves both of their curves at once and so cancels in what lies between them.
 """
 
+import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from dms_lab.pareto.frontiers import accuracy_at, budget_at, frontier, margin
+from dms_lab.pareto.frontiers import margins, read, rising, scaled
 
 NUM_RESAMPLES = 1000
 _ENOUGH = 0.95  # of the resamples must have a value, else the interval has none
@@ -34,54 +35,57 @@ class Cell:
     budget: float = 0.0
 
 
+Problems = tuple[str, Hashable]  # a task, and the name of a set of its problems
 Point = Sequence[Cell]
 Curve = Sequence[Point]
-Statistic = Callable[..., float | np.ndarray]  # of (budgets, accuracies) of each curve in turn
+Statistic = Callable[..., np.ndarray]  # of budgets and accuracies [resamples, points] of each curve in turn
 
 
 def resample(
     curves: Sequence[Curve], statistic: Statistic, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> np.ndarray:
-    """`statistic` of the curves in each resample, float64 [resamples] or [resamples, as many as it returns].
+    """What `statistic` makes of the curves, resampled: it gets all resamples at once and returns one value or row for each.
 
     Drawn with replacement: the seeds of all curves together, then the problems of each set, alike for every cell that has
     them. Budgets follow the seeds; within a seed they are as measured. A point that has none of the seeds drawn keeps all
-    of its own. It is called as `statistic(budgets, accuracies, budgets, accuracies, ...)`, a pair a curve. The order of
-    points' cells does not matter. Raises `ValueError` for curves without points, or a set with two numbers of problems.
+    of its own. It is called as `statistic(budgets, accuracies, budgets, accuracies, ...)`, two arrays [resamples, points] a
+    curve. The order of points' cells does not matter. Raises `ValueError` for curves without points, or a set with two
+    numbers of problems.
     """
     cells = [cell for curve in curves for point in curve for cell in point]
     if not all(len(curve) and all(map(len, curve)) for curve in curves):
         raise ValueError("a curve needs at least one point, and every point at least one seed on one task")
-    rng = np.random.default_rng(seed)
     seeds = {name: place for place, name in enumerate(sorted({cell.seed for cell in cells}, key=repr))}
-    times = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), num_resamples).astype(float)  # [R, seeds]
-    shares = _drawn_problems(cells, rng, num_resamples)
-    flat: list[tuple[np.ndarray, np.ndarray]] = []
-    for curve in curves:
-        drawn = [_drawn(point, times, seeds, shares) for point in curve]
-        flat += [tuple(np.stack(part, 1) for part in zip(*drawn, strict=True))]  # budgets, accuracies [R, points]
-    return np.array([statistic(*(part[row] for pair in flat for part in pair)) for row in range(num_resamples)])
+    times = np.random.default_rng(seed).multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), num_resamples)
+    shares = _drawn_problems(_lengths(cells), num_resamples, seed)
+    drawn = [[_drawn(point, times, seeds, shares) for point in curve] for curve in curves]
+    return statistic(*(np.stack(part, 1) for curve in drawn for part in zip(*curve, strict=True)))
 
 
-def _drawn_problems(
-    cells: Sequence[Cell], rng: np.random.Generator, num_resamples: int
-) -> dict[tuple[str, Hashable], np.ndarray]:
-    """How often each problem of each set is drawn, as shares, [resamples, problems]."""
-    lengths: dict[tuple[str, Hashable], int] = {}
+def _lengths(cells: Sequence[Cell]) -> tuple[tuple[Problems, int], ...]:
+    """How many problems each set has, in the sets' order."""
+    lengths: dict[Problems, int] = {}
     for cell in cells:
-        if lengths.setdefault((cell.task, cell.problems), len(cell.scores)) != len(cell.scores) or not cell.scores:
+        known = lengths.setdefault((cell.task, cell.problems), len(cell.scores))
+        if known != len(cell.scores) or not known:
             raise ValueError(
-                f"{cell.task}: a set of problems has {len(cell.scores)} scores here and others there; the same problems "
+                f"{cell.task}: a set of problems has {len(cell.scores)} scores here and {known} there; the same problems "
                 "need as many scores, at least one"
             )
-    return {
-        name: rng.multinomial(lengths[name], np.full(lengths[name], 1 / lengths[name]), num_resamples) / lengths[name]
-        for name in sorted(lengths, key=repr)
-    }
+    return tuple(sorted(lengths.items(), key=repr))
+
+
+@functools.lru_cache(maxsize=4)  # many curves are compared on the same problems, and drawing is what takes time
+def _drawn_problems(
+    lengths: tuple[tuple[Problems, int], ...], num_resamples: int, seed: int
+) -> Mapping[Problems, np.ndarray]:
+    """How often each problem of each set is drawn, as shares, [resamples, problems]."""
+    rng = np.random.default_rng([seed, 1])
+    return {name: rng.multinomial(size, np.full(size, 1 / size), num_resamples) / size for name, size in lengths}
 
 
 def _drawn(
-    point: Point, times: np.ndarray, seeds: dict[Hashable, int], shares: dict[tuple[str, Hashable], np.ndarray]
+    point: Point, times: np.ndarray, seeds: Mapping[Hashable, int], shares: Mapping[Problems, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Budget and accuracy of a point in each resample, [resamples] each."""
     by_task: dict[str, list[Cell]] = {}
@@ -119,7 +123,11 @@ def margin_interval(
     frontier is picked among lucky ones, in the measurement as in the resamples. Source: Owen 2007, The pigeonhole
     bootstrap.
     """
-    return interval_of(resample((a, b), lambda *curves: margin(*curves, axis), num_resamples, seed))
+
+    def of(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
+        return margins(rising(budget, accuracy, axis), rising(budget_b, accuracy_b, axis))
+
+    return interval_of(resample((a, b), of, num_resamples, seed))
 
 
 def ratio_intervals(
@@ -131,14 +139,13 @@ def ratio_intervals(
     resample counts as ratio 0; one below that of its cheapest point as that point's budget: no more than was measured.
     """
 
-    def ratios(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
-        ends = frontier(budget, accuracy)[[0, -1]]
-        wanted = np.maximum(accuracy_b - within, accuracy[ends[0]])
-        needed = budget_at(budget, accuracy, wanted, axis)
-        return np.where(wanted > accuracy[ends[1]], 0.0, budget_b / needed)
+    def of(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
+        x, y = rising(budget, accuracy, axis)
+        wanted = np.maximum(accuracy_b - within, y[:, :1])
+        needed = read(wanted, y, x)
+        return np.where(wanted > y[:, -1:], 0.0, budget_b / (2**needed if axis == "log2" else needed))
 
-    drawn = resample((a, b), ratios, num_resamples, seed)
-    return [interval_of(column) for column in drawn.T]
+    return [interval_of(column) for column in resample((a, b), of, num_resamples, seed).T]
 
 
 def difference_intervals(
@@ -146,8 +153,7 @@ def difference_intervals(
 ) -> list[tuple[float, float]]:
     """For each point of B the 95 % interval of A's accuracy at the same budget, less its own; as `margin_interval`."""
 
-    def differences(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
-        return accuracy_at(budget, accuracy, budget_b, axis) - accuracy_b
+    def of(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
+        return read(scaled(budget_b, axis), *rising(budget, accuracy, axis)) - accuracy_b
 
-    drawn = resample((a, b), differences, num_resamples, seed)
-    return [interval_of(column) for column in drawn.T]
+    return [interval_of(column) for column in resample((a, b), of, num_resamples, seed).T]
