@@ -100,10 +100,11 @@ def test_ticks_are_plain_numbers(number, text):
     assert axes.plain(number) == text
 
 
-def test_bytes_come_in_the_unit_that_suits_the_largest():
+def test_budgets_come_in_the_unit_that_suits_the_largest():
     assert axes.in_unit("kv_bytes_peak", [3e5, 5e6]) == ("peak KV memory per problem (MiB)", 2**20)
     assert axes.in_unit("kv_bytes_peak", [3e9])[1] == 2**30
-    assert axes.in_unit("kv_reads", [3e9])[1] == 1
+    assert axes.in_unit("kv_reads", [97865.0]) == ("KV reads per problem (tokens)", 1)
+    assert axes.in_unit("kv_reads", [3e9]) == ("KV reads per problem (million tokens)", 1e6)
     with pytest.raises(ValueError, match="budget='bytes' is not known; choose one of kv_reads, peak_tokens, kv_bytes_peak"):
         axes.in_unit("bytes", [1])
 
@@ -151,6 +152,12 @@ def test_each_model_and_set_of_tasks_has_a_panel_with_its_name_and_equal_looks()
     figure = plots.accuracy_figure(pd.concat([frames.points(), others], ignore_index=True), "peak_tokens")
     assert [panel.get_title() for panel in figure.axes] == ["qwen_r1_1_5b: dms_aime24", "tiny: ledger, road"]
     assert [len(panel.lines) for panel in figure.axes] == [len(figure.axes[0].lines)] * 2
+
+
+def test_a_figure_of_many_curves_is_as_wide_as_the_text():
+    many = [("dms", f"window={window}", 4.0, 0.3 + window / 100) for window in range(14)]
+    assert plots.accuracy_figure(frames.points(methods=many)).get_figwidth() == style.TEXT
+    assert plots.accuracy_figure(frames.points(methods=many[:12])).get_figwidth() == style.COLUMN
 
 
 def test_an_interval_is_drawn_where_it_is_known():

@@ -128,8 +128,8 @@ def keys_of(points: "pd.DataFrame") -> list[Key]:
     return [*keys, Key(interactive.BEST, "#c8c8c8", width=8.0)]
 
 
-_DASHES = {"solid": "", "dash": "0.5 0.2", "dot": "0.15 0.15", "dashdot": "0.5 0.2 0.12 0.2", "longdash": "0.9 0.25"}
-_DASHES |= {"longdashdot": "0.9 0.2 0.12 0.2"}
+_DASHES = {"solid": "", "dash": "0.5 0.2", "dot": "0.15 0.15", "dashdot": "0.5 0.2 0.12 0.2", "4px,2px": "0.25 0.12"}
+_DASHES |= {"10px,2px,2px,2px,2px,2px": "0.7 0.12 0.12 0.12 0.12 0.12"}
 
 
 def marker_path(marker: Marker) -> str:
@@ -212,7 +212,7 @@ def summary(analysis: Analysis) -> list[Table]:
         found += [replace(of_points, caption=f"{name}, in percent with 95 % intervals"), *versus]
     found += [table for section in _texts_section(analysis) for table in section.tables]
     beside = published_beside(analysis)
-    return [*found, beside] if beside else found
+    return [*found, tables.without(beside, "model", "source")] if beside else found
 
 
 def notes(analysis: Analysis) -> list[str]:

@@ -4,15 +4,19 @@
   const places = [...document.querySelectorAll(".plot")];
   const dark = matchMedia("(prefers-color-scheme: dark)");
 
-  const channels = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
-
-  // On a dark page a dark colour is mixed with white, the darker the more.
+  // On a dark page colours keep their hue and become lighter, in the same order; black becomes white.
   function onDark(colour) {
-    if (!/^#[0-9a-f]{6}$/i.test(colour)) return colour;
-    const rgb = channels(colour);
-    const light = (0.299 * rgb[0] + 0.587 * rgb[1] + 0.114 * rgb[2]) / 255;
-    const share = Math.max(0, Math.min(0.9, (0.5 - light) * 1.8));
-    return "#" + rgb.map((c) => Math.round(c + (255 - c) * share).toString(16).padStart(2, "0")).join("");
+    if (!/^#[0-9a-f]{6}([0-9a-f]{2})?$/i.test(colour)) return colour;
+    const [red, green, blue] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16) / 255);
+    const [high, low] = [Math.max(red, green, blue), Math.min(red, green, blue)];
+    if (high === 0) return "#ffffff" + colour.slice(7);
+    const lightness = (high + low) / 2;
+    const lighter = 0.45 + 0.5 * lightness;
+    const span = (high - low) / (lightness < 0.5 ? high + low : Math.max(2 - high - low, 1e-6));
+    const reach = span * (1 - Math.abs(2 * lighter - 1)) / 2;
+    const scaled = (x) => (high === low ? 0 : ((x - low) / (high - low)) * 2 - 1) * reach + lighter;
+    const digits = (x) => Math.round(255 * Math.min(1, x)).toString(16).padStart(2, "0");
+    return "#" + [red, green, blue].map((x) => digits(scaled(x))).join("") + colour.slice(7);
   }
 
   function recoloured(value, key) {
@@ -21,6 +25,17 @@
       return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, recoloured(item, name)]));
     }
     return key === "color" && typeof value === "string" ? onDark(value) : value;
+  }
+
+  // A long name in two or three lines: a phone has no room for one.
+  function inLines(name) {
+    const lines = [""];
+    for (const word of name.split(" ")) {
+      const last = lines.at(-1);
+      if (last && last.length + word.length > 18) lines.push(word);
+      else lines[lines.length - 1] = (last + " " + word).trim();
+    }
+    return lines.join("<br>");
   }
 
   function axis(given, style) {
@@ -38,9 +53,10 @@
     const style = Object.fromEntries(["ink", "soft", "line", "raised"].map((name) => [name, css.getPropertyValue("--" + name).trim()]));
     const width = place.clientWidth;
     const hasLegend = figure.layout.showlegend === true;
-    const bars = 24 * ((figure.layout.meta || {}).rows || 0);
+    const isNarrow = width < 500;
+    const bars = ((figure.layout.meta || {}).rows || 0) * (isNarrow ? 46 : 24);
     const rows = figure.data[0].type === "heatmap" ? 60 + Math.min(420, 14 * figure.data[0].y.length) : 0;
-    const body = Math.max(bars, rows, width < 500 ? 250 : 310);
+    const body = Math.max(bars, rows, isNarrow ? 250 : 310);
     const layout = {
       ...(isDark ? recoloured(figure.layout) : figure.layout),
       template: null,
@@ -54,11 +70,14 @@
       showlegend: hasLegend,
       legend: { orientation: "h", x: 0, xref: "container", y: 0, yref: "container", yanchor: "bottom" },
       xaxis: axis(figure.layout.xaxis, style),
-      yaxis: axis(figure.layout.yaxis, style),
+      yaxis: { ...axis(figure.layout.yaxis, style), ...(bars && isNarrow ? { tickfont: { size: 10 } } : {}) },
     };
     const hidden = hiddenIn(place);
     const data = structuredClone(isDark ? recoloured(figure.data) : figure.data);
-    for (const trace of data) if (hidden.has(trace.legendgroup)) trace.visible = false;
+    for (const trace of data) {
+      if (hidden.has(trace.legendgroup)) trace.visible = false;
+      if (bars && isNarrow) trace.y = trace.y.map(inLines);
+    }
     const config = { displaylogo: false, displayModeBar: width > 500 ? "hover" : false, responsive: false, showLink: false };
     return Plotly.react(place, data, layout, config);
   }

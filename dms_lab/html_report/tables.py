@@ -59,6 +59,13 @@ def table(caption: str, rows: list[dict[str, Cell]]) -> Table:
     return Table(caption, names, [[row[name] for name in names] for row in rows], numeric)
 
 
+def without(shown: Table, *names: str) -> Table:
+    """The table without columns, for a terminal that is not wide enough for all."""
+    kept = [place for place, name in enumerate(shown.columns) if name not in names]
+    columns = [shown.columns[place] for place in kept]
+    return Table(shown.caption, columns, [[row[place] for place in kept] for row in shown.rows], shown.numeric)
+
+
 def to_rich(shown: Table) -> "RichTable":
     """The table for the terminal."""
     from rich.markup import escape
@@ -222,7 +229,7 @@ def published_table(points_by_task: dict[str, "pd.DataFrame"], scores: "pd.DataF
         for score in scores[scores["task"] == task].to_dict("records"):
             same = points[(points["model"] == score["model"]) & (points["method"] == score["method"])]
             same = same[same["target_cr"] == score["compression_ratio"]]
-            for row in same.to_dict("records") or [{}]:
+            for row in ordered(same) or [{}]:
                 measured = row.get("accuracy")
                 rows.append(
                     {

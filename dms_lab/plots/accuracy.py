@@ -63,12 +63,12 @@ def accuracy_figure(points: "pd.DataFrame", budget: str = "kv_reads", title: str
     rows = rows.assign(**{budget: rows[budget] / unit})
     styles = looks(rows)
     with paper():
-        figure, places = panels(len(parts(rows)), sharey=True)
+        figure, places = panels(len(parts(rows)), len(styles), sharey=True)
         for panel, (part, mine) in zip(places, parts(rows).items(), strict=True):
             best = on_frontier(mine, budget)
             panel.plot(best[budget], 100 * best["accuracy"], **_BAND)
             draw_curves(panel, mine, budget, styles, lambda curve: on_frontier(curve, budget))
-            log2_axis(panel, mine[budget].tolist(), most=6 if len(places) == 1 else 4)
+            log2_axis(panel, mine[budget].tolist())
             panel.set_xlabel(name)
             panel.set_title(wrapped(part))
         places[0].set_ylabel(title)

@@ -31,13 +31,15 @@ def paper() -> Iterator[None]:
         yield
 
 
-def panels(num: int, most_columns: int = 3, height: float = 2.5, **options) -> tuple["Figure", list["Axes"]]:
-    """A figure as wide as a column (one panel) or the text (several), and its panels, row by row."""
+def panels(num: int, curves: int = 0, height: float = 2.5, **options) -> tuple["Figure", list["Axes"]]:
+    """A figure and its panels, row by row: as wide as a column for one panel of few curves, else as the text."""
     from matplotlib.figure import Figure
 
-    columns = min(num, most_columns)
+    columns = min(num, 3)
     rows = math.ceil(num / columns)
-    figure = Figure(figsize=(COLUMN if num == 1 else TEXT, height * rows), layout="constrained")
+    is_narrow = num == 1 and curves <= 12
+    figure = Figure(figsize=(COLUMN if is_narrow else TEXT, (height if curves <= 12 else 1.3 * height) * rows))
+    figure.set_layout_engine("constrained")
     places = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
     for place in places[num:]:
         place.remove()
@@ -109,9 +111,10 @@ def padded(values: Sequence[float], share: float = 0.06) -> tuple[float, float]:
     return 2 ** (low - more), 2 ** (high + more)
 
 
-def log2_axis(panel: "Axes", values: Sequence[float], most: int = 6) -> None:
+def log2_axis(panel: "Axes", values: Sequence[float]) -> None:
     """Makes the x-axis of `panel` logarithmic, over `values`, with ticks that are plain numbers."""
     low, high = padded(values)
+    most = int(1 + 5 * panel.figure.get_figwidth() / COLUMN / panel.get_gridspec().ncols)
     panel.set_xscale("log", base=2)
     panel.set_xlim(low, high)
     ticks = log2_ticks(low, high, most)
@@ -120,11 +123,12 @@ def log2_axis(panel: "Axes", values: Sequence[float], most: int = 6) -> None:
 
 
 def in_unit(budget: str, values: Sequence[float]) -> tuple[str, float]:
-    """The axis title of a budget, and what its values are divided by: bytes come in the unit that suits the largest."""
+    """The axis title of a budget, and what its values are divided by: the unit is one that suits the largest."""
     if budget not in BUDGETS:
         raise ValueError(f"budget={budget!r} is not known; choose one of {', '.join(BUDGETS)}")
     if budget != "kv_bytes_peak":
-        return BUDGETS[budget], 1
+        title = BUDGETS[budget].removesuffix(" (tokens)")
+        return (f"{title} (million tokens)", 1e6) if max(values) >= 2**21 else (BUDGETS[budget], 1)
     unit, size = next(((name, size) for name, size in _UNITS if max(values) >= size), _UNITS[-1])
     return f"{BUDGETS[budget]} ({unit})", size
 

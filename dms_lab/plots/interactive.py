@@ -164,7 +164,7 @@ def _curve(rows: "pd.DataFrame", x: str, look: Look, mode: str) -> "Scatter":
     return go.Scatter(
         x=rows[x],
         y=100 * rows["accuracy"],
-        error_y={"array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": look.colour},
+        error_y={"array": above, "arrayminus": below, "thickness": 1, "width": 3, "color": f"{look.colour}80"},
         customdata=[_numbers(row, look) for row in rows.to_dict("records")],
         hovertemplate=_HOVER,
         name=escape(look.name),

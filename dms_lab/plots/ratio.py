@@ -37,7 +37,7 @@ def ratio_figure(points: "pd.DataFrame", published: "pd.DataFrame | None" = None
     elsewhere = {part: published_means(published, mine) for part, mine in parts(rows).items()}
     others = looks_of_methods(method for means in elsewhere.values() for method in means["method"])
     with paper():
-        figure, places = panels(len(elsewhere), sharey=True)
+        figure, places = panels(len(elsewhere), len(styles), sharey=True)
         for panel, (part, mine) in zip(places, parts(rows).items(), strict=True):
             draw_curves(panel, mine, "target_cr", styles, lambda curve: curve.sort_values("target_cr"))
             _draw_published(panel, elsewhere[part], others)
