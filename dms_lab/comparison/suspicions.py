@@ -28,7 +28,7 @@ def warnings_of(frame: "pd.DataFrame") -> list[str]:
     """
     points, rows = measured_points(frame), frame.to_dict("records")
     found: list[str] = []
-    for part in (_budgets, _seeds, _configurations, _tasks, _baselines, _scores):
+    for part in (_budgets, _seeds, _configurations, _tasks, _baselines, _intervals, _scores):
         found += part(points)
     for row in longest(rows):
         found += score_suspicions(row, _full_score(row))
@@ -72,7 +72,7 @@ def longest(rows: Iterable[Row]) -> list[Row]:
         name = (row["model"], row["task"], row["method"], row["variant"], dial)
         if not is_missing(row["max_tokens"]) and (name not in found or _length(row) > _length(found[name])):
             found[name] = row
-    return list(found.values())
+    return [found[name] for name in sorted(found)]
 
 
 def _length(row: Row) -> tuple[float, float]:
@@ -144,26 +144,30 @@ def _baselines(points: list[MeasuredPoint]) -> Iterator[str]:
             yield f"{model}: full attention was not measured on {tasks}: there is nothing to hold the methods against"
 
 
+def _intervals(points: list[MeasuredPoint]) -> Iterator[str]:
+    for model, methods in _methods(p for p in points if any(is_missing(row["accuracy_low"]) for row in p.answered)):
+        yield f"{model}: results of {methods} have no interval"
+
+
 def _scores(points: list[MeasuredPoint]) -> Iterator[str]:
-    answered = [point for point in points if point.tasks]
-    without = [p for p in answered if any(is_missing(row["accuracy_low"]) for row in p.answered)]
-    for names, what in ((without, "no interval"), ([p for p in answered if p.cells("kv_reads") is None], "")):
-        for model, part in grouped(names, lambda point: point.model).items():
-            methods = _listed(dict.fromkeys(label(point.method, point.variant) for point in part))
-            if what:
-                yield f"{model}: results of {methods} have {what}"
-            else:
-                yield (
-                    f"{model}: what single problems scored is not known of {methods}, so what lies between curves has no "
-                    "interval: remove their results.jsonl and evaluate again (chains that are stored are not drawn again)"
-                )
+    for model, methods in _methods(p for p in points if p.tasks and p.cells("kv_reads") is None):
+        yield (
+            f"{model}: what single problems scored is not known of {methods}, so what lies between curves has no "
+            "interval: remove their results.jsonl and evaluate again (chains that are stored are not drawn again)"
+        )
+
+
+def _methods(points: Iterable[MeasuredPoint]) -> Iterator[tuple[str, str]]:
+    """Each model and its methods among the points, listed."""
+    for model, part in grouped(points, lambda point: point.model).items():
+        yield model, _listed(dict.fromkeys(label(point.method, point.variant) for point in part))
 
 
 # -- of all rows ---------------------------------------------------------------------------------------------------------
 def _settings(rows: list[Row]) -> Iterator[str]:
-    for (model, task), part in grouped(rows, lambda row: (row["model"], row["task"])).items():
+    for (model, task), part in sorted(grouped(rows, lambda row: (row["model"], row["task"])).items()):
         asked = [{"headline": row["headline"]} | row["settings"] for row in part]
-        for name in sorted({name for one in asked for name in one} - set(_OWN_SETTINGS)):
+        for name in sorted({name for one in asked for name in one}.difference(_OWN_SETTINGS)):
             values = sorted({json.dumps(one.get(name), sort_keys=True) for one in asked})
             if len(values) > 1:
                 yield (
