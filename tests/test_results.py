@@ -53,7 +53,7 @@ def test_only_what_computed_results_is_in_their_versions(monkeypatch):
             raise importlib.metadata.PackageNotFoundError(name)
         return importlib.metadata.version(name)
 
-    monkeypatch.setattr(results, "version", without_extras)
+    monkeypatch.setattr(results.schema, "version", without_extras)
     assert set(results.versions()) == {"python", "torch", "transformers"}
 
 
@@ -166,21 +166,21 @@ def test_a_cut_line_and_an_unknown_schema_are_named(tmp_path):
 
 def test_a_line_after_a_cut_one_is_not_lost(tmp_path):
     path = tmp_path / results.RESULTS
-    results.append_result(path, POINT)
+    results.append(path, [POINT])
     path.write_text(path.read_text()[:-40])
-    results.append_result(path, POINT)
+    results.append(path, [POINT])
     _, second = path.read_text().splitlines()
     assert json.loads(second)["task"] == "road"
     with pytest.raises(ValueError, match=r"results.jsonl:1 is not a JSON object"):
         results.load(path)
     path.write_text(second + "\n")
-    results.append_result(path, POINT)
+    results.append(path, [POINT])
     assert len(results.load(path)) == 2
 
 
 def test_a_line_without_a_key_is_named(tmp_path):
     path = tmp_path / results.RESULTS
-    results.append_result(path, POINT)
+    results.append(path, [POINT])
     row = json.loads(path.read_text())
     del row["kv_reads"]
     path.write_text(json.dumps(row) + "\n")
@@ -229,7 +229,7 @@ def test_what_version_1_has_is_not_replaced_and_what_it_should_have_is_missed(tm
 
 def test_a_line_needs_all_keys_of_its_version_and_versions_to_come_are_refused(tmp_path):
     path = tmp_path / results.RESULTS
-    results.append_result(path, POINT)
+    results.append(path, [POINT])
     line = json.loads(path.read_text())
     assert line["schema_version"] == 3
     of_2 = {key: value for key, value in line.items() if key not in SINCE_3} | {"schema_version": 2}

@@ -134,7 +134,7 @@ def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         results.save_csv(frame.assign(task="a\rb"), path)
     with pytest.raises(ValueError, match="row 1 lacks accuracy;"):
         results.save_csv(frame.drop(columns="accuracy"), path)
-    monkeypatch.setattr(results.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space"):
         results.save_csv(frame.assign(seed=5), path)
     assert path.read_text() == before
@@ -266,3 +266,9 @@ def test_equal_scores_are_kept_once(tmp_path):
     results.append(tmp_path / results.RESULTS, [dataclasses.replace(POINT, problem_scores=[1.0, 0.5, 1.0])] * 2)
     first, second = results.load(tmp_path)["problem_scores"]
     assert first[0] is first[2] is second[0]
+
+
+def test_the_scores_of_many_problems_fit_a_cell(tmp_path):
+    frame = pd.DataFrame([vars(dataclasses.replace(POINT, problem_scores=[1 / 3] * 20_000))])
+    results.save_csv(frame, tmp_path / "x.csv")
+    assert results.load(tmp_path / "x.csv")["problem_scores"][0] == [1 / 3] * 20_000

@@ -1,0 +1,108 @@
+"""Results as lines of JSON: appended whole, and not again what is there already; lines and tables read as one frame."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dms_lab.results.schema import Result, checked, shared
+from dms_lab.results.table import TABLE, table_rows
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESULTS = "results.jsonl"
+
+
+def append(path: Path, results: list[Result]) -> None:
+    """Appends whole lines to `path`, each in one write, and waits until the disk has them.
+
+    A last line that was cut off stays as it is, for `load` to name it; what is appended starts on a line of its own.
+    """
+    lines = [json.dumps(asdict(result)).encode() + b"\n" for result in results]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if lines and file.read(1) != b"\n":
+                lines[0] = b"\n" + lines[0]
+        for line in lines:
+            file.write(line)
+        os.fsync(file.fileno())
+
+
+def append_new(path: Path, results: list[Result]) -> None:
+    """Appends the results that `path` does not have yet: the same but for the time it took and what computed it.
+
+    For a run that was stopped after it had written, and is started again. A row that does not say what each problem scored
+    (older versions did not) is the same as one that does, if all else is: remove the file to have it written anew.
+    """
+    known: dict[str, list[list[float]]] = {}
+    if path.is_file() and path.stat().st_size:
+        for _, row in _rows(path):
+            known.setdefault(measurement(row), []).append(row["problem_scores"])
+    new = []
+    for result in results:
+        scores = result.problem_scores
+        same = known.get(measurement(asdict(result)), [])
+        if not any(not old or not scores or old == scores for old in same):
+            new.append(result)
+    if new:
+        append(path, new)
+
+
+def measurement(row: dict[str, Any]) -> str:
+    """A text that two rows share if they are the same measurement: all but time, what computed it, scores and variant.
+
+    Nulls and NaN are one, and so are 16 and 16.0: pandas reads nulls beside numbers as NaN, and makes both floats.
+    """
+    passing = ("seconds", "versions", "git_revision", "schema_version", "problem_scores", "variant")
+    return json.dumps({name: _plain(value) for name, value in sorted(row.items()) if name not in passing})
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, float):
+        return None if math.isnan(value) else value
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def load(*places: Path | str) -> "pd.DataFrame":
+    """All results below folders, or of files, as one frame: every `results.jsonl` and `results.csv`, each file once.
+
+    Raises `ValueError` with file and line for a row that is none, and if there is no result in a place.
+    """
+    import pandas as pd
+
+    rows: list[dict] = []
+    seen: set[Path] = set()
+    for place in map(Path, places):
+        files = [place] if place.is_file() else sorted([*place.rglob(RESULTS), *place.rglob(TABLE)])
+        found = [row for file in files if file.resolve() not in seen for _, row in _rows(file)]
+        if not found and not any(file.resolve() in seen for file in files):
+            raise ValueError(
+                f"no results in {place}: run an evaluation first, or name a folder with a {RESULTS} or {TABLE} in it"
+            )
+        rows += found
+        seen |= {file.resolve() for file in files}
+    return pd.DataFrame(rows)
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict]]:
+    """Each row of a file, and where it stands."""
+    if file.suffix == ".csv":
+        yield from table_rows(file)
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            yield (where := f"{file}:{number}"), _parse(line, where)
+
+
+def _parse(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line, parse_float=shared)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not a JSON object ({error.msg}); remove the line to go on without it") from error
+    return checked(row, where)
