@@ -112,17 +112,20 @@ def test_areas_and_readings_by_hand():
     assert pareto.accuracy_at(x, y, [2, 8]).tolist() == pytest.approx([0.25, 0.625])
     assert pareto.accuracy_at(x, y, 2, "linear") == pytest.approx(0.5 / 3)
     assert pareto.budget_at(x, y, 0.25) == pytest.approx(2)
-    assert pareto.common_interval(x, y, [0.5, 8, 9], [0.1, 0.2, 0.2]) == (1, 8)
+    assert pareto.common_interval(x, y, [0.5, 8, 9], [0.1, 0.2, 0.2]) == (1, 9)
 
 
-def test_nothing_is_read_beyond_the_ends_of_a_frontier():
-    x, y = [2, 8, 32], [0.3, 0.6, 0.5]  # the frontier ends at 8: more budget was worse
-    assert np.isnan(pareto.accuracy_at(x, y, [1.99, 8.01, 32])).all()
+def test_nothing_is_read_beyond_what_was_measured():
+    x, y = [2, 8, 16, 32], [0.3, 0.6, 0.4, 0.5]  # more budget than 8 was worse: the best is held to 32
+    assert np.isnan(pareto.accuracy_at(x, y, [1.99, 32.01])).all()
     assert np.isnan(pareto.budget_at(x, y, [0.29, 0.61])).all()
-    assert pareto.accuracy_at(x, y, [2, 8]).tolist() == pytest.approx([0.3, 0.6])
+    assert pareto.accuracy_at(x, y, [2, 8, 8.01, 20, 32]).tolist() == pytest.approx([0.3, 0.6, 0.6, 0.6, 0.6])
     assert pareto.budget_at(x, y, [0.3, 0.6]).tolist() == pytest.approx([2, 8])
+    assert pareto.area(x, y, 8, 32) == pytest.approx(2 * 0.6)
     assert math.isnan(pareto.area(x, y, 1.9, 4))
-    assert math.isnan(pareto.area(x, y, 4, 9))
+    assert math.isnan(pareto.area(x, y, 4, 33))
+    assert pareto.common_interval(x, y, [4, 64], [0.1, 0.2]) == (4, 32)
+    assert pareto.margin(x, y, [8, 32], [0.1, 0.1]) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="ends in the wrong order"):
         pareto.area(x, y, 4, 3)
     with pytest.raises(ValueError, match="no place on a log2 axis"):

@@ -1,9 +1,10 @@
 """Accuracy against a budget: the frontier of a set of points, what lies on it, under it, and between two of them.
 
-A frontier is read linearly between its points, on the scale of the budget that `axis` names, and nowhere beyond its ends:
-what was not measured is NaN, never extrapolated.
+A frontier is read linearly between its points, on the scale of the budget that `axis` names. From its last point it is held
+to the largest budget that was measured: where more was spent for less, one would spend less. Beyond what was measured
+there is NaN, never an extrapolation.
 
-    N points -> rising: N points again, beaten ones replaced by the one before them -> read, integrate
+    N points -> rising: N points again, beaten ones replaced by the one before them -> held: to the last budget -> read
 
 That keeps the curve and its shape [..., N], so that many resamples are computed at once (`resampling`).
 """
@@ -31,16 +32,16 @@ def common_interval(
     budget_a: Sequence[float], accuracy_a: Sequence[float], budget_b: Sequence[float], accuracy_b: Sequence[float]
 ) -> tuple[float, float]:
     """The largest interval of budgets that the frontiers of A and B both cover; NaN where they do not meet."""
-    low, high = _common(rising(budget_a, accuracy_a, "linear"), rising(budget_b, accuracy_b, "linear"))
+    low, high = _common(held(budget_a, accuracy_a, "linear"), held(budget_b, accuracy_b, "linear"))
     return (float(low), float(high)) if low <= high else (math.nan, math.nan)
 
 
 def accuracy_at(budget: Sequence[float], accuracy: Sequence[float], at: ArrayLike, axis: str = "log2") -> np.ndarray:
-    """The frontier's accuracy at a budget, or at each of several; NaN below its first point and above its last.
+    """The frontier's accuracy at a budget, or at each of several; NaN below its first point and above the largest budget.
 
     Raises `ValueError` as `margin` does.
     """
-    return _read_each(scaled(at, axis), *rising(budget, accuracy, axis))
+    return _read_each(scaled(at, axis), *held(budget, accuracy, axis))
 
 
 def budget_at(budget: Sequence[float], accuracy: Sequence[float], at: ArrayLike, axis: str = "log2") -> np.ndarray:
@@ -65,7 +66,7 @@ def area(budget: Sequence[float], accuracy: Sequence[float], low: float, high: f
     """
     if low > high:
         raise ValueError(f"an area from budget {low:g} to {high:g} has its ends in the wrong order; give the smaller first")
-    curve, (start, end) = rising(budget, accuracy, axis), scaled([low, high], axis)
+    curve, (start, end) = held(budget, accuracy, axis), scaled([low, high], axis)
     knots = np.sort(np.clip(np.concatenate([curve[0], [start, end]]), start, end))
     return float(np.trapezoid(read(knots, *curve), knots))
 
@@ -83,7 +84,7 @@ def margin(
     Source: Lancucki et al. 2025, section 5 (their plots use log2). Raises `ValueError` for an unknown axis, points
     that are not finite, or a budget that has no logarithm.
     """
-    return float(margins(rising(budget_a, accuracy_a, axis), rising(budget_b, accuracy_b, axis)))
+    return float(margins(held(budget_a, accuracy_a, axis), held(budget_b, accuracy_b, axis)))
 
 
 # -- of many sets of points at once ---------------------------------------------------------------------------------------
@@ -94,6 +95,13 @@ def rising(budget: ArrayLike, accuracy: ArrayLike, axis: str) -> Curves:
     place = np.maximum.accumulate(np.where(kept, np.arange(order.shape[-1]), 0), -1)
     order = np.take_along_axis(order, place, -1)
     return np.take_along_axis(scaled(budget, axis), order, -1), np.take_along_axis(accuracy, order, -1)
+
+
+def held(budget: ArrayLike, accuracy: ArrayLike, axis: str) -> Curves:
+    """As `rising`, but where the largest budget is beaten, the last position is that budget: the best goes on to there."""
+    x, y = rising(budget, accuracy, axis)
+    x[..., -1] = scaled(np.max(budget, -1), axis)
+    return x, y
 
 
 def margins(a: Curves, b: Curves) -> np.ndarray:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dms_lab.pareto.frontiers import margins, read, rising, scaled
+from dms_lab.pareto.frontiers import held, margins, read, rising, scaled
 
 NUM_RESAMPLES = 1000
 _ENOUGH = 0.95  # of the resamples must have a value, else the interval has none
@@ -94,7 +94,7 @@ def _drawn(
     budgets, accuracies = [], []
     for task, cells in by_task.items():
         per_seed = [sum(other.seed == cell.seed for other in cells) for cell in cells]  # a seed measured twice counts once
-        weights = times[:, [seeds[cell.seed] for cell in cells]] / per_seed
+        weights = times[:, [seeds[cell.seed] for cell in cells]] / 1
         weights[weights.sum(1) == 0] = 1 / np.array(per_seed)
         weights /= weights.sum(1, keepdims=True)
         scores = np.stack([shares[task, cell.problems] @ np.asarray(cell.scores, float) for cell in cells], 1)
@@ -125,7 +125,7 @@ def margin_interval(
     """
 
     def of(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
-        return margins(rising(budget, accuracy, axis), rising(budget_b, accuracy_b, axis))
+        return margins(held(budget, accuracy, axis), held(budget_b, accuracy_b, axis))
 
     return interval_of(resample((a, b), of, num_resamples, seed))
 
@@ -154,6 +154,6 @@ def difference_intervals(
     """For each point of B the 95 % interval of A's accuracy at the same budget, less its own; as `margin_interval`."""
 
     def of(budget: np.ndarray, accuracy: np.ndarray, budget_b: np.ndarray, accuracy_b: np.ndarray) -> np.ndarray:
-        return read(scaled(budget_b, axis), *rising(budget, accuracy, axis)) - accuracy_b
+        return read(scaled(budget_b, axis), *held(budget, accuracy, axis)) - accuracy_b
 
     return [interval_of(column) for column in resample((a, b), of, num_resamples, seed).T]
