@@ -57,10 +57,14 @@ class JobState:
 
 
 def append_jobs(sweep: SweepConfig, jobs: list[Submitted]) -> None:
-    """Notes submitted jobs, and waits until the disk has them."""
+    """Notes submitted jobs on lines of their own, whatever a kill cut off before, and waits until the disk has them."""
     sweep.records.mkdir(parents=True, exist_ok=True)
-    with (sweep.records / JOBS).open("a") as file:
-        file.write("".join(json.dumps(asdict(job)) + "\n" for job in jobs))
+    text = "".join(json.dumps(asdict(job)) + "\n" for job in jobs)
+    with (sweep.records / JOBS).open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read(1) == b"\n" else "\n" + text
+        file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
