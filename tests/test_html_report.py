@@ -35,6 +35,7 @@ def a_page(tmp_path):
             [Cell("b9", "b9"), Cell("9.0", 9.0)],
             unknown,
             [Cell("b10", "b10"), Cell("-1.5", -1.5)],
+            [Cell("c", "c"), Cell("-20.0", -20.0)],
             [Cell("a", "a"), Cell("10.0", 10.0)],
         ],
         frozenset({"value"}),
@@ -187,14 +188,14 @@ def column(page, caption, place):
 def test_tables_sort_by_a_click_or_a_key_and_what_is_unknown_stays_below(light):
     buttons = light.page.query_selector_all('table[aria-label="Numbers"] th button')
     buttons[1].click()
-    assert column(light.page, "Numbers", 1) == ["-1.5", "9.0", "10.0", ""]
+    assert column(light.page, "Numbers", 1) == ["-20.0", "-1.5", "9.0", "10.0", ""]
     buttons[1].click()
-    assert column(light.page, "Numbers", 1) == ["10.0", "9.0", "-1.5", ""]
+    assert column(light.page, "Numbers", 1) == ["10.0", "9.0", "-1.5", "-20.0", ""]
     sorts = 'nodes => nodes.map(node => node.getAttribute("aria-sort"))'
     assert light.page.eval_on_selector_all('table[aria-label="Numbers"] th', sorts) == [None, "descending"]
     buttons[0].focus()
     light.page.keyboard.press("Enter")
-    assert column(light.page, "Numbers", 0) == ["a", "b9", "b10", "untold"]
+    assert column(light.page, "Numbers", 0) == ["a", "b9", "b10", "c", "untold"]
     assert light.page.eval_on_selector_all('table[aria-label="Numbers"] th', sorts) == ["ascending", None]
 
 
