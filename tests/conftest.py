@@ -43,7 +43,13 @@ def base_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def make_config(base_folder, tmp_path):
+def make_config(complete_config, tmp_path):
+    """A complete configuration of a run that takes a second, with a folder of the test's own."""
+    return lambda **changes: complete_config(**({"out": str(tmp_path / "run")} | changes))
+
+
+@pytest.fixture(scope="session")
+def complete_config(base_folder):
     """A complete configuration of a run that takes a second."""
 
     def make(**changes):
@@ -87,7 +93,6 @@ def make_config(base_folder, tmp_path):
             "accumulate": 1,
             "context": 96,
             "attention": "auto",
-            "out": str(tmp_path / "run"),
             "log_every": 2,
         }
         return TrainConfig(**(values | changes))

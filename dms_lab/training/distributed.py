@@ -25,6 +25,10 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADD
 _SRUN = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES")
 
 
+class AgreedError(ValueError):
+    """What is wrong with a run, known to all of its processes."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the `size` of its run, `devices` of them on each node; alone unless it was launched otherwise.
@@ -134,7 +138,7 @@ def _how_to_launch(config: TrainConfig) -> str:
 def joined(world: World) -> Iterator[None]:
     """Inside, the processes can talk to each other, and all but the first log nothing below an error.
 
-    They leave together. After an error a process leaves alone: the others may never come.
+    They leave together, with an `AgreedError` too. After another error a process leaves alone: the rest may never come.
     """
     if world.size == 1:
         yield
@@ -152,12 +156,17 @@ def joined(world: World) -> Iterator[None]:
     level = logger.level
     if not world.is_first:
         logger.setLevel(logging.ERROR)
+    agreed = None
     try:
         yield
-        dist.barrier()
-        dist.destroy_process_group()
+    except AgreedError as error:
+        agreed = error
     finally:
         logger.setLevel(level)
+    dist.barrier()
+    dist.destroy_process_group()
+    if agreed is not None:
+        raise agreed
 
 
 @functools.cache  # its first process serves it as long as it lives
@@ -192,6 +201,8 @@ def gather(world: World, value: T) -> list[T]:
 
 def agree(world: World, action: Callable[[], T]) -> T:
     """`action()`, on every process; where one raises `ValueError`, all do: no process waits for one that has left."""
+    if world.size == 1:
+        return action()
     result = error = None
     try:
         result = action()
@@ -199,10 +210,10 @@ def agree(world: World, action: Callable[[], T]) -> T:
         error = caught
     found = gather(world, None if error is None else str(error))
     if error is not None:
-        raise error
+        raise AgreedError(str(error)) from error
     for rank, text in enumerate(found):
         if text is not None:
-            raise ValueError(f"{text} (process {rank} of {world.size})")
+            raise AgreedError(f"{text} (process {rank} of {world.size})")
     return result
 
 
@@ -218,10 +229,10 @@ def in_turn(world: World, action: Callable[[], T]) -> T:
 
 
 def check_same(world: World, what: str, value: Any) -> None:
-    """Raises `ValueError`, on every process, unless all give the same value for `what`."""
+    """Raises `AgreedError`, on every process, unless all give the same value for `what`."""
     found = gather(world, value)
     if len(set(found)) > 1:
-        raise ValueError(
+        raise AgreedError(
             f"the processes of this run do not have the same {what} ({', '.join(map(str, found))}, by rank): give every "
             "node the same files and the same versions of everything"
         )

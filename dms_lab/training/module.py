@@ -129,8 +129,9 @@ class RetrofitModule(L.LightningModule):
         now = self.trainer.accumulate_grad_batches
         before = checkpoint.get("micro_batches", self.objective.accumulate)
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for part in ("total", "current"):
-            progress[part] = {name: count * now // before for name, count in progress[part].items()}
+        for part in ("total", "current"):  # between two steps all counts are alike, but the last batch is not completed yet
+            more = progress[part]["ready"] * now // before - progress[part]["ready"]
+            progress[part] = {name: count + more for name, count in progress[part].items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]

@@ -9,17 +9,18 @@ import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
-from dms_lab import models
+from dms_lab import models, results
 from dms_lab.attachment import retrofit
 from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.evaluation.evaluated import EVALUATED, PART
 from dms_lab.policies.dms import DmsConfig
-from dms_lab.tracking import Tracker
+from dms_lab.tracking import Tracker, closing
 from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
 from dms_lab.training.distributed import World, agree, check_same, find_world, gather, in_turn, joined
@@ -115,7 +116,7 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left in its folder; anything else stays."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    for name in ("config.json", "metrics.jsonl", "results.jsonl", LAST, DONE, EVALUATED, PART):
+    for name in ("config.json", "metrics.jsonl", "results.jsonl", "examples.jsonl", LAST, DONE, EVALUATED, PART):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -168,19 +169,23 @@ def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, 
         *([ProgressBar()] if progress else []),
     ]
     trainer = build_trainer(config, world, callbacks)
-    with stop.listening():
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
-    if tracker is not None:
-        tracker.finish()
-    if stop.stopped_by and trainer.global_step < config.steps:
-        return Outcome(folder, False, stop.stopped_by, world.is_first)
-    if world.is_first:
-        _tell_a_missed_target(folder, config)
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(provenance) + "\n")
-        temporary.replace(done)
-        last.unlink(missing_ok=True)
+    with closing(tracker):  # last of all: it may have to wait for a network
+        with stop.listening():
+            trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+        if stop.stopped_by and trainer.global_step < config.steps:
+            return Outcome(folder, False, stop.stopped_by, world.is_first)
+        if world.is_first:
+            _tell_a_missed_target(folder, config)
+            _mark_done(folder, provenance)
+            last.unlink(missing_ok=True)
     return Outcome(folder, True, is_first=world.is_first)
+
+
+def _mark_done(folder: Path, provenance: dict[str, Any]) -> None:
+    made_by = {"versions": results.versions(), "git_revision": results.git_revision()}
+    temporary = (folder / DONE).with_suffix(".tmp")
+    temporary.write_text(json.dumps(provenance | made_by) + "\n")
+    temporary.replace(folder / DONE)
 
 
 def _load_data(config: TrainConfig) -> RetrofitData:
