@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -175,6 +176,14 @@ def test_wandb_chooses_project_entity_and_more_tags_by_its_own_variables(make_co
     assert list(run.run.tags) == ["mine", "random", "dms", "cr4", "w4"]
 
 
+def test_a_training_that_ends_by_an_error_is_a_failed_run(make_config, tmp_path):
+    config = make_config(tracking="wandb")
+    with pytest.raises(RuntimeError, match="the loss"), tracking.closing(track(config, [2])):
+        raise RuntimeError("the loss is not finite")
+    (run,) = offline_runs(tmp_path).values()
+    assert run.exit_code == 1
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------------
 OWN, SAMPLED = {}, {"chat": True, "generation": {"temperature": 0.6}, "limit": None, "data": {"start": 1}, "budget": None}
 
@@ -188,7 +197,7 @@ def result(method="dms", cr=4.0, settings=OWN, **changes):
         "target_cr": cr,
         "measured_cr": cr - 0.1,
     }
-    values |= {"window": 16, "seed": 0, "num_problems": 4, "accuracy": 0.5, "accuracy_low": 0.2, "accuracy_high": 0.8}
+    values |= {"window": 16, "seed": 0, "num_problems": 2, "accuracy": 0.5, "accuracy_low": 0.2, "accuracy_high": 0.8}
     values |= {"perplexity": None, "kv_reads": 100.0, "peak_tokens": 20.0, "kv_bytes_peak": 1e4, "tokens_generated": 9}
     values |= {"seconds": 1.0, "config_hash": "abc", "settings": settings, "problem_scores": [0.0, 1.0]}
     return Result(**(values | changes))
@@ -329,7 +338,7 @@ def test_a_comparison_is_tables_a_scatter_a_figure_with_frontiers_and_the_report
     assert chart["panelDefId"] == "wandb/scatter/v0"
     assert chart["fieldSettings"] == {"x": "kv_reads", "y": "accuracy"}
     figure = json.loads(run.file(run.summary[f"frontier/{name}"]).read_text())
-    assert {"full attention", "DMS, decided_by=next window=16"} <= {trace["name"] for trace in figure["data"]} or figure
+    assert {"best of all", "full attention", "TOVA"} <= {trace["name"] for trace in figure["data"]}
     full = 100 * points[points["method"] == "full"]["accuracy"].max()
     assert [shape["y0"] for shape in figure["layout"]["shapes"]] == pytest.approx([full])
     (artifact,) = (artifact for artifact in run.artifacts if artifact.type == "report")
@@ -343,7 +352,7 @@ def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, m
     live = track(config, range(2, 8, 2))
     live.finish()
     before = offline_runs(tmp_path)
-    found = tracking.rebuild(evaluated)
+    found = tracking.rebuild([evaluated])
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert {run.run.job_type for run in runs.values()} == {"train", "evaluate", "pareto"}
@@ -356,7 +365,7 @@ def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, m
 def test_of_a_collected_sweep_the_table_is_enough(tmp_path):
     frame = pd.DataFrame([asdict(row) for row in (result("full", 1.0), result(), result(run_id="other", seed=1))])
     results.save_csv(frame, tmp_path / "results.csv")
-    found = tracking.rebuild(tmp_path)
+    found = tracking.rebuild([tmp_path])
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert sorted(run.run.job_type for run in runs.values()) == ["evaluate", "evaluate", "pareto"]
@@ -364,7 +373,7 @@ def test_of_a_collected_sweep_the_table_is_enough(tmp_path):
 
 def test_a_folder_without_anything_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither trainings nor results"):
-        tracking.rebuild(tmp_path)
+        tracking.rebuild([tmp_path])
 
 
 # -- what W&B cannot do ------------------------------------------------------------------------------------------------
@@ -455,3 +464,104 @@ def test_a_server_that_falls_silent_holds_no_job(make_config, tmp_path, monkeypa
     assert list(in_file(config.out)) == [2, 4, 6]
     (told,) = warnings(caplog)
     assert "sends what is missing" in told
+
+
+# -- with a server, and with real runs ---------------------------------------------------------------------------------
+LOGGER = """
+import pickle, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_tracking import track
+config = pickle.loads(Path(sys.argv[1]).read_bytes())
+tracker = None
+for step in range(int(sys.argv[2]), 10_000, 2):
+    tracker = track(config, [step], tracker)
+    print(step, flush=True)
+    time.sleep(0.05)
+"""
+
+
+def killed_at(config, first, last, tmp_path):
+    """A process that logs from step `first` on is killed, and W&B's with it, when it has logged `last`."""
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
+    words = [sys.executable, "-c", LOGGER.format(tests=str(Path(__file__).parent)), tmp_path / "config.pickle", str(first)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if int(line) >= last:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def sync(folder):
+    places = sorted(folder.glob("wandb/offline-run-*"))
+    done = subprocess.run([WANDB, "sync", *places], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return places
+
+
+@pytest.mark.slow
+def test_runs_that_were_killed_and_synced_between_are_one_run_with_each_step_once(
+    make_config, tmp_path, online, monkeypatch
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = make_config(tracking="wandb", sweep="windows", steps=400)
+    folder = tmp_path / "run"
+    killed_at(config, 2, 100, tmp_path)
+    write_rows(folder, range(2, 82, 2))  # to the last save, as training cuts it
+    killed_at(config, 82, 160, tmp_path)
+    sync(folder)
+    sent = online.history(config_hash(config))
+    assert len(sent) >= 60  # of a process that was killed a second's worth may be missing
+    write_rows(folder, range(2, 122, 2))
+    track(config, range(122, 402, 2)).finish()
+    sync(folder)
+    found = metrics(online.history(config_hash(config)))
+    steps = list(found)
+    assert steps == sorted(steps)
+    assert steps[-1] == 400
+    known = in_file(folder)
+    assert all(found[step] == known[step] for step in steps)
+    lost = set(known) - set(steps)
+    assert all(sent[-1]["_step"] < step <= sent[-1]["_step"] + 60 for step in lost)
+    run = online.runs[config_hash(config)]
+    assert (run["groupName"], run["jobType"], run["displayName"]) == ("windows", "train", "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_online_is_the_same_run_with_each_step_once(make_config, tmp_path, online):
+    config = make_config(tracking="wandb", steps=200)
+    killed_at(config, 2, 100, tmp_path)
+    write_rows(tmp_path / "run", range(2, 62, 2))
+    track(config, range(62, 202, 2)).finish()
+    found = metrics(online.history(config_hash(config)))
+    assert found == in_file(config.out)
+    assert list(online.runs) == [config_hash(config)]
+
+
+@pytest.mark.slow
+def test_offline_evaluations_and_comparisons_sync_with_their_tables_and_figures(evaluated, tmp_path, online, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    found = tracking.rebuild([evaluated])
+    sync(evaluated)
+    assert set(online.runs) == set(found)
+    uploaded = "\n".join(online.files)
+    for name in ("media/table/results", "media/table/samples", "media/table/points", "media/plotly/frontier"):
+        assert name in uploaded
+    tracking.rebuild([evaluated])
+    places = sync(evaluated)
+    assert len(places) == 2 * len(found)
+    for run_id in found:
+        steps = [row["_step"] for row in online.history(run_id)]
+        assert steps == [0, 1]
+
+
+@pytest.mark.slow
+def test_no_network_is_told_once_and_the_run_is_kept_offline(make_config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    track(make_config(tracking="wandb"), [2, 4]).finish()
+    (run,) = offline_runs(tmp_path).values()
+    assert list(metrics(run.history)) == [2, 4]
+    assert [message[:24] for message in warnings(caplog)] == ["W&B cannot be reached (C"]

@@ -12,13 +12,14 @@ from dms_lab.tracking.evaluation import evaluation_id, log_evaluations
 from dms_lab.tracking.pareto import Comparison, log_pareto
 from dms_lab.tracking.rebuild import rebuild
 from dms_lab.tracking.run import Label, WandbRun
-from dms_lab.tracking.training import Tracker, log_training
+from dms_lab.tracking.training import Tracker, closing, log_training
 
 __all__ = [
     "Comparison",
     "Label",
     "Tracker",
     "WandbRun",
+    "closing",
     "evaluation_id",
     "log_evaluations",
     "log_pareto",

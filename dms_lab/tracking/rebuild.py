@@ -1,55 +1,83 @@
 """All that W&B has of a folder, made again from its files: the same runs under the same ids."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dms_lab import results
+from dms_lab.sweep_config import SWEEP, load_sweep
 from dms_lab.tracking.evaluation import evaluation_ids, log_evaluations
 from dms_lab.tracking.pareto import Comparison, log_pareto
 from dms_lab.tracking.run import wait
 from dms_lab.tracking.training import METRICS, log_training
 
-_SWEEP = "sweep.yaml"
+
+@dataclass(frozen=True)
+class _Files:
+    """What there is in a place: folders of trainings, files of results, and the sweep that they belong to."""
+
+    name: str
+    folder: Path
+    trained: list[Path]
+    results: list[Path]
+    group: str | None = None
 
 
-def rebuild(place: Path, comparison: Comparison | None = None) -> list[str]:
-    """Every training and evaluation in `place`, and their comparison, have their W&B runs; returns the ids.
+def rebuild(places: Sequence[Path], comparison: Comparison | None = None, out: Path | None = None) -> list[str]:
+    """Every training and evaluation in `places`, and their comparison, have their W&B runs; returns the ids.
 
-    `place`: a run's folder, one that holds several, a sweep's, whose runs are looked for where they were computed, or one
-    file of results. Without `comparison` it is made. Raises `ValueError` if there is nothing to send.
+    A place: a run's folder, one that holds several, a sweep's (or its file), whose runs are looked for where they were
+    computed, or a file of results. `out` is where W&B's files of the comparison go; without `comparison` it is made. Raises
+    `ValueError` if there is nothing to send.
     """
-    folder = place if place.is_dir() else place.parent
-    name = folder.resolve().name
-    is_sweep = (folder / _SWEEP).is_file()
-    group = name if is_sweep else None
-    places = [folder, *_runs_of(folder)] if is_sweep else [folder]
-    trained = dict.fromkeys(file.parent for root in places for file in sorted(root.rglob(METRICS)))
-    found = [log_training(run, group) for run in trained if (run / "config.json").is_file()]
-    files = [place] if place.is_file() else [file for root in places for file in sorted(root.rglob(results.RESULTS))]
-    files += [folder / results.TABLE] if place.is_dir() and (folder / results.TABLE).is_file() else []
-    for file in dict.fromkeys(files):  # the table last: of what was measured on another machine
-        left = [run_id for run_id in dict.fromkeys(evaluation_ids(results.load(file))) if run_id not in found]
-        log_evaluations(file, left, group)
-        found += left
-    if files:
-        found.append(log_pareto(folder, name, comparison or _compared(place)))
-    if not found:
-        raise ValueError(f"nothing of {place} can be sent to W&B: it has neither trainings nor results")
+    found: list[str] = []
+    files = [_files(Path(place)) for place in places]
+    for one in files:
+        found += [log_training(folder, one.group) for folder in one.trained]
+        for file in one.results:
+            left = [run_id for run_id in dict.fromkeys(evaluation_ids(results.load(file))) if run_id not in found]
+            log_evaluations(file, left, one.group)
+            found += left
+    measured = [file for one in files for file in one.results]
+    if measured:
+        name = " + ".join(one.name for one in files)
+        found.append(log_pareto(out or files[0].folder, name, comparison or _compared(measured)))
     wait()
+    if not found:
+        asked = ", ".join(map(str, places))
+        raise ValueError(f"nothing of {asked} can be sent to W&B: there are neither trainings nor results")
     return found
 
 
-def _runs_of(folder: Path) -> list[Path]:
-    """The folders of a sweep's points that are on this machine."""
-    from dms_lab.sweep_config import load_sweep
-    from dms_lab.sweeping.points import expand
+def _files(place: Path) -> _Files:
+    is_sweep = place.suffix in (".yaml", ".yml") if place.is_file() else (place / SWEEP).is_file()
+    if is_sweep:
+        from dms_lab.sweeping.points import expand
 
-    return [Path(point.folder) for point in expand(load_sweep(folder)) if Path(point.folder).is_dir()]
+        sweep = load_sweep(place)
+        runs = [Path(point.folder) for point in expand(sweep)]
+        # The table last: it is for what was measured on another machine.
+        measured = [*(folder / results.RESULTS for folder in runs), sweep.results]
+        return _Files(sweep.name, sweep.folder, _trained(runs), _existing(measured), sweep.name)
+    if place.is_file():
+        return _Files(place.stem, place.parent, [], [place])
+    measured = sorted(place.rglob(results.RESULTS)) + sorted(place.rglob(results.TABLE))
+    measured = measured or sorted(place.glob("results*.jsonl"))
+    return _Files(place.resolve().name, place, _trained([file.parent for file in sorted(place.rglob(METRICS))]), measured)
 
 
-def _compared(place: Path) -> Comparison:
+def _trained(folders: Sequence[Path]) -> list[Path]:
+    return [folder for folder in folders if len(_existing([folder / METRICS, folder / "config.json"])) == 2]
+
+
+def _existing(files: Sequence[Path]) -> list[Path]:
+    return [file for file in files if file.is_file()]
+
+
+def _compared(files: Sequence[Path]) -> Comparison:
     from dms_lab import comparison
 
-    frame = results.load(place)
-    has_baseline = (frame["method"] == "full").any()
+    frame = results.load(*files)
+    has_baseline = bool(((frame["method"] == "full") & frame["accuracy"].notna()).any())
     margins = comparison.margins(frame) if has_baseline else None
     return Comparison(comparison.curve_points(frame), margins, tuple(comparison.warnings_of(frame)))

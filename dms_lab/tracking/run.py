@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 PROJECT = "dms_lab"  # unless WANDB_PROJECT says otherwise
 FINISH_SECONDS = 60.0  # what is not uploaded by then is left on disk; a job does not wait for ever
+FLUSH_SECONDS = 1.0  # how much a kill of all processes may take from what is kept offline (W&B: 15)
 _TAG_CHARACTERS = 64  # W&B's limit
 
 
@@ -145,6 +146,7 @@ def _init(label: Label, folder: Path, mode: str | None) -> "wandb.Run":
     import wandb
 
     given = wandb.setup().settings
+    flushing = "x_transaction_log_flush_interval"  # not of W&B's public settings: done without where there is none
     return wandb.init(
         project=given.project or PROJECT,
         id=label.run_id,
@@ -165,6 +167,7 @@ def _init(label: Label, folder: Path, mode: str | None) -> "wandb.Run":
             disable_git=True,  # the revision stands in the configuration; a patch of uncommitted work stays here
             finish_timeout=given.finish_timeout or FINISH_SECONDS,
             finish_timeout_raises=True,
+            **({flushing: FLUSH_SECONDS} if flushing in wandb.Settings.model_fields else {}),
         ),
     )
 

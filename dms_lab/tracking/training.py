@@ -3,8 +3,8 @@
 import io
 import json
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,19 @@ class Tracker:
         """Closes the run."""
         self._run.finish(failed)
         wait()
+
+
+@contextmanager
+def closing(tracker: Tracker | None) -> Iterator[None]:
+    """Closes the W&B run, if there is one, when the block ends: as failed if that is by an error."""
+    try:
+        yield
+    except Exception:
+        if tracker is not None:
+            tracker.finish(failed=True)
+        raise
+    if tracker is not None:
+        tracker.finish()
 
 
 def log_training(folder: Path, group: str | None = None) -> str:
