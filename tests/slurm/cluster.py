@@ -128,24 +128,20 @@ class Cluster:
 
     def is_up(self, node: str) -> bool:
         """Whether the controller would give the node a job."""
-        return self.run("sinfo", "-h", "-n", node, "-o", "%T", check=False).split()[:1] in (
-            ["idle"],
-            ["mixed"],
-            ["allocated"],
-        )
+        state = self.run("sinfo", "-h", "-n", node, "-o", "%T", check=False).split()
+        return state[:1] in (["idle"], ["mixed"], ["allocated"])
 
     # -- jobs ----------------------------------------------------------------------------------------------------------
-    def accounting(self, *fields: str, jobs: Sequence[str] = ()) -> list[dict[str, str]]:
-        """What sacct knows, a row a job (no steps): JobID, State and `fields`."""
+    def accounting(self, jobs: Sequence[str], *fields: str) -> list[dict[str, str]]:
+        """What sacct knows of these jobs, a row each: JobID, State and `fields`."""
         names = ("JobID", "State", *fields)
-        chosen = ["-j", ",".join(jobs)] if jobs else ["-S", "00:00:00"]
-        text = self.run("sacct", "-n", "-P", "-X", "-o", ",".join(names), *chosen)
+        text = self.run("sacct", "-n", "-P", "-X", "-o", ",".join(names), "-j", ",".join(jobs))
         return [dict(zip(names, line.split("|"), strict=True)) for line in text.splitlines()]
 
-    def state(self, job: str) -> str:
-        """The state that accounting has for a job, one word, "" if it knows none: COMPLETED, FAILED, ..."""
-        rows = [row for row in self.accounting(jobs=[job]) if row["JobID"] == job]
-        return rows[-1]["State"].split()[0] if rows else ""
+    def states(self, jobs: Sequence[str]) -> dict[str, str]:
+        """The state of each job in one word, COMPLETED, FAILED, ...; of those that accounting has heard of."""
+        rows = self.accounting(jobs)
+        return {row["JobID"]: row["State"].split()[0] for row in rows if row["JobID"] in jobs}
 
     def restarts(self, job: str) -> int:
         """How often a job was requeued."""
@@ -154,14 +150,18 @@ class Cluster:
 
     def wait_for_jobs(self, jobs: Sequence[str], seconds: float = 120.0) -> dict[str, str]:
         """Every job has ended: its state by its id."""
-        jobs = list(jobs)
-        wait_until(
-            f"jobs {', '.join(jobs)} end (last seen: {[self.state(job) for job in jobs]})",
-            lambda: all(self.state(job) in TERMINAL for job in jobs),
-            seconds,
-            every=0.5,
-        )
-        return {job: self.state(job) for job in jobs}
+        states: dict[str, str] = {}
+
+        def have_ended() -> bool:
+            is_queued = bool(self.run("squeue", "-h", "-j", ",".join(jobs), check=False).strip())
+            states.update(self.states(jobs))  # of a job that is queued again: how it ended before
+            return not is_queued and all(states.get(job) in TERMINAL for job in jobs)
+
+        try:
+            wait_until("all jobs have ended", have_ended, seconds, every=0.5)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}; last seen: {states}") from None
+        return states
 
     def mend(self) -> None:
         """All daemons run, no job waits or runs, and both nodes are up."""

@@ -13,8 +13,8 @@ from typing import Any
 from cluster import Cluster, wait_until
 from processes import kill, tasks
 
-# Points that take seconds: six of them, and `last.ckpt` is there after half the steps (GracefulStop saves every 50).
-WINDOWS, SEEDS = (2, 4, 8), (0, 1)
+# Six points that take seconds; `last.ckpt` is there after half of the steps (GracefulStop).
+WINDOWS, SEEDS, FIRST_SAVE = (2, 4, 8), (0, 1), 50
 POINT = (
     "model=tiny steps=100 context=64 cr=4 cr_family=[4] batch_size=1 threads=1 log_every=10 "
     "eval.num_problems=4 eval.length=96 eval.rivals=[streaming_llm] eval.held_out_tokens=256"
@@ -77,13 +77,19 @@ class Lab:
 
     def submit(self, *words: str) -> list[tuple[Any, str]]:
         """The points that a submission of the sweep adds jobs for, each with the id of its job."""
-        record = self.folder / "runs" / "sweeps" / "sweep" / "jobs.jsonl"
-        before = record.read_text().splitlines() if record.is_file() else []
+        before = self._noted()
         self.ask("submit", str(self.sweep), *words)
-        added = [json.loads(line) for line in record.read_text().splitlines()[len(before) :]] if record.is_file() else []
+        added = self._noted()[len(before) :]
         by_hash = {point.hash: point for point in self.points}
-        self.jobs = [row["job_id"] for row in added]
-        return [(by_hash[row["hash"]], row["job_id"]) for row in added]
+        self.jobs = [job.job_id for job in added]
+        return [(by_hash[job.hash], job.job_id) for job in added]
+
+    def _noted(self) -> list[Any]:
+        from dms_lab.sweep_config import load_sweep
+        from dms_lab.sweeping.records import load_jobs
+
+        with chdir(self.folder):
+            return load_jobs(load_sweep(self.sweep))
 
     def status(self) -> str:
         """What `sweep status` shows: it ends with 1 where a point failed, and with 0 elsewhere."""
@@ -95,7 +101,7 @@ class Lab:
     def halt(self, submitted: Sequence[tuple[Any, str]], seconds: float = 120) -> dict[str, list[int]]:
         """Each of these jobs stands still in its training, after its first save: the processes by the job, one a rank.
 
-        Signals wait for them, but for KILL. `kill(pids, signal.SIGCONT)` lets them go on.
+        `kill(pids, signal.SIGCONT)` lets them go on; Slurm does so itself before a signal that they should hear.
         """
         halted: dict[str, list[int]] = {}
 
@@ -114,6 +120,16 @@ class Lab:
         """What its metrics hold: the steps, and how fast each was, by which one tells a step that was computed again."""
         lines = (self.run_of(point) / "metrics.jsonl").read_text().splitlines()
         return [(row["step"], row["tokens_per_second"]) for row in map(json.loads, lines)]
+
+    def steps_until_save(self, submitted: Sequence[tuple[Any, str]]) -> list[list[tuple[int, float]]]:
+        """As `steps`, of each point, up to its first save."""
+        return [[row for row in self.steps(point) if row[0] <= FIRST_SAVE] for point, _ in submitted]
+
+    def wait_for_requeue(self, seconds: float = 180) -> None:
+        """Each job of the last submission has been queued again, once."""
+        wait_until(
+            "jobs are queued again", lambda: {self.cluster.restarts(job) for job in self.jobs} == {1}, seconds, every=0.5
+        )
 
     def complete(self, seconds: float = 180) -> None:
         """All jobs of the last submission have completed."""

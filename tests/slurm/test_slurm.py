@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 from cluster import wait_until
 from lab import Lab, Undisturbed, assert_undisturbed, swept
-from processes import kill, of_jobs, step_managers, tasks, waits_for
+from processes import kill, of_jobs, step_managers, tasks
 
 pytestmark = pytest.mark.slurm
 TWO = swept(windows=(2, 4), seeds=(0,))
@@ -25,53 +25,39 @@ def test_completion_of_a_sweep_of_six_points(lab: Lab, undisturbed: Undisturbed)
 
 def test_preemption_sends_jobs_back_and_they_go_on_from_what_they_saved(lab: Lab, undisturbed: Undisturbed):
     lab.describe(TWO)
-    (told, first), (killed, second) = lab.submit()
-    halted = lab.halt([(told, first), (killed, second)])
-    before = {point.hash: lab.steps(point)[:5] for point in (told, killed)}
+    submitted = lab.submit()
+    lab.halt(submitted)
+    before = lab.steps_until_save(submitted)
     lab.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1", cwd=lab.folder)
-    wait_until("the job is told to end", lambda: waits_for(halted[first][0], signal.SIGTERM))
-    kill(halted[first], signal.SIGCONT)  # the other one stands still until Slurm's patience is over
-    for job in (first, second):
-        wait_until(f"job {job} is queued again", lambda job=job: lab.cluster.restarts(job) == 1)
+    lab.wait_for_requeue()
     lab.complete()
-    for point in (told, killed):
-        assert lab.steps(point)[:5] == before[point.hash]
+    assert lab.steps_until_save(submitted) == before
     assert_undisturbed(lab, undisturbed)
 
 
-def test_a_job_at_its_time_limit_is_queued_again_and_one_that_ignores_it_ends_as_timed_out(
-    lab: Lab, undisturbed: Undisturbed
-):
-    lab.describe(TWO, timeout_min=1, signal_delay_s=5)
-    (told, first), (deaf, second) = lab.submit()
-    halted = lab.halt([(told, first), (deaf, second)])
-    before = {point.hash: lab.steps(point)[:5] for point in (told, deaf)}
-    wait_until("the job is told of its limit", lambda: waits_for(halted[first][0], signal.SIGUSR2), 120)
-    kill(halted[first], signal.SIGCONT)
-    wait_until("the job is queued again", lambda: lab.cluster.restarts(first) == 1)
-    assert lab.cluster.wait_for_jobs([first, second], 180) == {first: "COMPLETED", second: "TIMEOUT"}
-    assert "TIMEOUT" in lab.status()
-    [(again, _)] = lab.submit()
-    assert again.hash == deaf.hash
+def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(swept(windows=(2,), seeds=(0,)), timeout_min=2, signal_delay_s=5)
+    submitted = lab.submit()
+    lab.halt(submitted)  # until Slurm wakes it, to tell it that its time is over
+    before = lab.steps_until_save(submitted)
+    lab.wait_for_requeue()
     lab.complete()
-    for point in (told, deaf):
-        assert lab.steps(point)[:5] == before[point.hash]
+    assert lab.steps_until_save(submitted) == before
     assert_undisturbed(lab, undisturbed)
 
 
 def test_a_step_that_is_killed_fails_its_job_and_a_resubmission_goes_on(lab: Lab, undisturbed: Undisturbed):
     lab.describe(TWO)
-    (point, job), (other, fine) = lab.submit()
+    (point, job), (_, fine) = lab.submit()
     halted = lab.halt([(point, job)])
-    before = lab.steps(point)[:5]
+    before = lab.steps_until_save([(point, job)])
     kill(halted[job])
     assert lab.cluster.wait_for_jobs([job, fine]) == {job: "FAILED", fine: "COMPLETED"}
     assert point.folder.rpartition("/")[2] in lab.status()
     [(again, _)] = lab.submit()
     assert again.hash == point.hash
     lab.complete()
-    assert lab.steps(point)[:5] == before
-    assert lab.run_of(other).is_dir()
+    assert lab.steps_until_save([(point, job)]) == before
     assert_undisturbed(lab, undisturbed)
 
 
@@ -108,18 +94,16 @@ def test_jobs_of_a_node_that_dies_run_again_and_go_on_from_what_they_saved(lab: 
     lab.describe(TWO)
     submitted = lab.submit()
     lab.halt(submitted)
-    before = {point.hash: lab.steps(point)[:5] for point, _ in submitted}
+    before = lab.steps_until_save(submitted)
     nodes = {_node_of(lab, job) for _, job in submitted}
     for node in nodes:
         lab.cluster.stop(node, signal.SIGKILL)
     kill(step_managers(lab.cluster.conf) + of_jobs(lab.cluster.conf))
+    lab.wait_for_requeue()
     for node in nodes:
         lab.cluster.start_node(node)
-    for _, job in submitted:
-        wait_until(f"job {job} is queued again", lambda job=job: lab.cluster.restarts(job) == 1, 120)
     lab.complete()
-    for point, _ in submitted:
-        assert lab.steps(point)[:5] == before[point.hash]
+    assert lab.steps_until_save(submitted) == before
     assert_undisturbed(lab, undisturbed)
 
 
@@ -187,6 +171,7 @@ def test_a_cancelled_sweep_leaves_the_queue_and_is_finished_by_a_resubmission(la
     lab.halt(submitted)
     lab.ask("cancel", str(lab.sweep))
     assert set(lab.cluster.wait_for_jobs(lab.jobs).values()) == {"CANCELLED"}
+    wait_until("they have left the queue", lambda: not lab.cluster.run("squeue", "-h"))
     assert len(lab.submit()) == 2
     lab.complete()
     assert_undisturbed(lab, undisturbed)
