@@ -131,6 +131,17 @@ def test_a_figure_draws_each_curve_s_frontier_as_a_line_and_its_other_points_bes
     assert [line.get_ydata()[0] for line in dotted] == [pytest.approx(81.0)], "the highest accuracy of full attention"
 
 
+def test_a_frontier_goes_on_to_the_largest_budget_that_was_measured():
+    points = frames.points(methods=[("full", "", 1.0, 0.6), ("dms", "", 4.0, 0.5)])
+    points.loc[(points["method"] == "dms") & (points["width"] == 8), "accuracy"] = 0.2
+    panel = plots.accuracy_figure(points).axes[0]
+    assert line(panel, "DMS")[0] == [3000.0, 6000.0, 12000.0]
+    assert line(panel, "DMS, held") == ([12000.0, 24000.0], [pytest.approx(64.0)] * 2)
+    assert "full attention, held" not in [drawn.get_label() for drawn in panel.lines]
+    thin = [trace for trace in interactive.accuracy(points, "kv_reads").data if trace.line.width == 1]
+    assert [list(trace.x) for trace in thin] == [[12000.0, 24000.0]]
+
+
 def test_points_without_a_cost_or_an_accuracy_are_left_out_and_without_any_a_sentence_says_so():
     points = frames.points()
     points.loc[points["method"] == "tova", "kv_reads"] = np.nan
@@ -283,9 +294,9 @@ def test_the_interactive_figure_has_the_same_points_and_looks():
     for (method, variant), look in plots.looks(points).items():
         mine = points[(points["method"] == method) & (points["variant"] == variant)]
         traces = by_group[look.name]
-        drawn = sorted(x for trace in traces for x in trace.x)
+        drawn = sorted(x for trace in traces if "markers" in trace.mode for x in trace.x)
         assert drawn == pytest.approx(sorted(mine["kv_bytes_peak"] / 2**20))
-        assert {trace.marker.color for trace in traces} == {look.colour}
+        assert {trace.line.color for trace in traces} == {look.colour}
     assert figure.data[0].name == interactive.BEST
     assert [round(shape.y0, 3) for shape in figure.layout.shapes] == [81.0]
     ratios = interactive.ratio(points, frames.published())

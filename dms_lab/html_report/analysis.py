@@ -45,7 +45,7 @@ def analyse(frame: "pd.DataFrame", against: str = "full", within: float = 0.0) -
 
     points = comparison.curve_points(frame)
     models = set(frame["model"])
-    versus = [pd.DataFrame(columns=["model", "tasks", name]) for name in ("margin", "margin", "ratio", "difference")]
+    versus = [pd.DataFrame(columns=["model", "tasks", name]) for name in ("margin", "margin", "at_least", "difference")]
     if points["accuracy"].notna().any():
         versus = [
             comparison.margins(frame, against),

@@ -33,10 +33,11 @@ _READING = [
     "KV reads: live slots attended to, summed over decode steps, mean over layers and KV heads. Peak: the most live slots "
     "at any step. MiB: what was allocated for keys, values, tables and metadata at the peak.",
     "A line joins the points of one method and variant that no cheaper point of it beats (in the table, r: by KV reads, p: "
-    "by peak); pale points are beaten; the grey band joins those that no point of any method beats; the dotted line is the "
-    "highest accuracy of full attention. Budgets are on log2 axes.",
+    "by peak), and goes on thin to the largest budget measured; pale points are beaten; the grey band joins those that no "
+    "point of any method beats; the dotted line is the highest accuracy of full attention. Budgets are on log2 axes.",
     "Margin: mean of a curve's accuracy less the baseline's over the budgets that both cover, on a log2 axis, in points. "
-    "Times less: the baseline's budget over the curve's for the same accuracy. Difference: of accuracies at equal budget.",
+    "Times less: the baseline's budget over the curve's for the same accuracy (>: the cheapest that was measured is more "
+    "accurate already). Difference: of accuracies at equal budget.",
     "Intervals are of 95 %: problems and seeds are drawn again, the same ones for a curve and its baseline.",
 ]
 
@@ -95,7 +96,7 @@ def _tables_of(analysis: Analysis, points: "pd.DataFrame") -> list[Table]:
 
 def _meets(analysis: Analysis, points: "pd.DataFrame") -> bool:
     """Whether any curve shares a budget or an accuracy with the baseline."""
-    found = [_of(analysis.margins, points)["margin"], _of(analysis.equal_accuracy, points)["ratio"]]
+    found = [_of(analysis.margins, points)["margin"], _of(analysis.equal_accuracy, points)["at_least"]]
     return any(values.notna().any() for values in found)
 
 

@@ -159,6 +159,8 @@ def equal_accuracy_table(frame: "pd.DataFrame", caption: str) -> Table:
 
 def _times(row: dict) -> Cell:
     shown = number(row["ratio"], 2)
+    if is_missing(row["ratio"]) and not is_missing(row["at_least"]):
+        return Cell(f"> {row['at_least']:.2f}", float(row["at_least"]))
     if is_missing(row["ratio"]) or is_missing(row["low"]) or is_missing(row["high"]):
         return shown
     return Cell(f"{shown.text} [{row['low']:.2f}, {row['high']:.2f}]", shown.value)
@@ -198,7 +200,7 @@ def versus_table(margins: "pd.DataFrame", accuracy: "pd.DataFrame", budgets: "pd
     rows = []
     for row in ordered(margins, "budget"):
         same = [frame[(frame[keys] == [row[key] for key in keys]).all(axis=1)] for frame in (accuracy, budgets)]
-        reached = same[0][same[0]["ratio"].notna()].sort_values("accuracy").tail(1).to_dict("records")
+        reached = same[0][same[0]["at_least"].notna()].sort_values("accuracy").tail(1).to_dict("records")
         covered = same[1][same[1]["difference"].notna()].sort_values("at").tail(1).to_dict("records")
         wide = row["budget"]
         cells = {"method": method(row["method"]), "variant": text(row["variant"]), "budget": text(_SHORT[wide])}

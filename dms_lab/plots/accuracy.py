@@ -54,7 +54,8 @@ def error_sides(rows: "pd.DataFrame") -> list["pd.Series"]:
 def accuracy_figure(points: "pd.DataFrame", budget: str = "kv_reads", title: str = "accuracy (%)") -> "Figure":
     """Accuracy against `budget` (a column of `comparison.curve_points`), a panel a model and set of tasks.
 
-    Lines join the points that no cheaper point of the same method and variant beats, the others are pale; the grey band
+    Lines join the points that no cheaper point of the same method and variant beats, and go on thin to the largest budget
+    that was measured of it, as margins are computed; the others are pale. The grey band
     joins those that no cheaper point of any method beats; the dotted line is the highest accuracy of full attention.
     Raises `ValueError` for an unknown budget, or without any point.
     """
@@ -68,6 +69,7 @@ def accuracy_figure(points: "pd.DataFrame", budget: str = "kv_reads", title: str
             best = on_frontier(mine, budget)
             panel.plot(best[budget], 100 * best["accuracy"], **_BAND)
             draw_curves(panel, mine, budget, styles, lambda curve: on_frontier(curve, budget))
+            _draw_held(panel, mine, budget, styles)
             log2_axis(panel, mine[budget].tolist())
             panel.set_xlabel(name)
             panel.set_title(wrapped(part))
@@ -105,6 +107,25 @@ def draw_curves(
     full_line(panel, rows)
     panel.grid(axis="y")
     panel.set_axisbelow(True)
+
+
+def _draw_held(panel: "Axes", rows: "pd.DataFrame", x: str, styles: dict[tuple[str, str], Look]) -> None:
+    for (method, variant), look in styles.items():
+        mine = rows[(rows["method"] == method) & (rows["variant"] == variant)]
+        ends = held(mine, x)
+        if ends:
+            height = 100 * mine["accuracy"].max()
+            panel.plot(
+                ends, [height] * 2, color=look.colour, linestyle=look.line, linewidth=0.6, label=f"{look.name}, held"
+            )
+
+
+def held(rows: "pd.DataFrame", x: str) -> list[float]:
+    """From where to where the best accuracy of a curve's rows was not beaten by what cost more; [] if nothing did."""
+    if rows.empty:
+        return []
+    ends = [float(on_frontier(rows, x)[x].iloc[-1]), float(rows[x].max())]
+    return ends if ends[1] > ends[0] else []
 
 
 def full_line(panel: "Axes", rows: "pd.DataFrame") -> None:

@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dms_lab.plots.accuracy import error_sides, measured, on_frontier
+from dms_lab.plots.accuracy import error_sides, held, measured, on_frontier
 from dms_lab.plots.axes import BUDGETS, in_unit, log2_ticks, padded, plain
 from dms_lab.plots.margins import published_margin, short
 from dms_lab.plots.ratio import equal_length, published_means
@@ -50,6 +50,18 @@ def accuracy(points: "pd.DataFrame", budget: str, title: str = "accuracy (%)") -
         beaten = mine.drop(best.index)
         if len(beaten):
             figure.add_trace(_curve(beaten, "x", look, "markers"))
+        if held(mine, "x"):
+            line = {"color": look.colour, "dash": look.dash, "width": 1}
+            height = [100 * mine["accuracy"].max()] * 2
+            figure.add_scatter(
+                x=held(mine, "x"),
+                y=height,
+                mode="lines",
+                line=line,
+                legendgroup=look.name,
+                showlegend=False,
+                hoverinfo="skip",
+            )
     _finish(figure, rows, "x", name, title)
     return figure
 
