@@ -94,7 +94,7 @@ def _drawn(
     budgets, accuracies = [], []
     for task, cells in by_task.items():
         per_seed = [sum(other.seed == cell.seed for other in cells) for cell in cells]  # a seed measured twice counts once
-        weights = times[:, [seeds[cell.seed] for cell in cells]] / 1
+        weights = times[:, [seeds[cell.seed] for cell in cells]] / per_seed
         weights[weights.sum(1) == 0] = 1 / np.array(per_seed)
         weights /= weights.sum(1, keepdims=True)
         scores = np.stack([shares[task, cell.problems] @ np.asarray(cell.scores, float) for cell in cells], 1)
