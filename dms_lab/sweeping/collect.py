@@ -30,7 +30,8 @@ def collect(sweep: SweepConfig, points: Sequence[Point]) -> tuple[int, list[Poin
         raise ValueError(f"no point of {sweep.name} is done yet; ask for its status")
     found: dict[str, dict[str, Any]] = {}
     for point in done:
-        for row in results.load(Path(point.folder) / results.RESULTS).to_dict("records"):
+        path = Path(point.folder) / results.RESULTS
+        for row in results.load(path).to_dict("records") if path.is_file() else ():  # none with eval_after=false
             row["variant"] = "" if row["method"] in UNTRAINED else point.variant
             found[_about(row)] = row
     results.save_csv(pd.DataFrame(list(found.values())), sweep.results)

@@ -84,6 +84,16 @@ def last_jobs(sweep: SweepConfig) -> dict[str, Submitted]:
     return {job.hash: job for job in load_jobs(sweep)}
 
 
+def failures(sweep: SweepConfig) -> dict[tuple[str, ...], str]:
+    """Why points of the last multirun (`-m`) failed, by their overrides; it has no jobs of its own here."""
+    found = {}
+    for path in sorted((sweep.records / "outcomes").glob("*.json")):
+        outcome = json.loads(path.read_text())
+        if outcome["error"]:
+            found[tuple(outcome["overrides"])] = outcome["error"]
+    return found
+
+
 @contextmanager
 def submitting(sweep: SweepConfig) -> Iterator[None]:
     """Inside, no other command submits jobs of this sweep; raises `ValueError` if one is doing so."""

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from dms_lab.sweep_config import SweepConfig
 from dms_lab.sweeping import local, slurm
 from dms_lab.sweeping.job import PointJob, Training, is_locked, job_of
 from dms_lab.sweeping.points import Point
-from dms_lab.sweeping.records import JobState, Submitted, last_jobs
+from dms_lab.sweeping.records import JobState, Submitted, failures, last_jobs
 
 STATES = ("done", "evaluating", "running", "pending", "requeued", "failed", "stopped", "missing", "unknown")
 LOG_LINES = 8
@@ -62,7 +62,16 @@ def point_states(sweep: SweepConfig, points: Sequence[Point]) -> list[PointState
     asked = [jobs[point.hash] for point in points if point.hash in jobs and point.hash not in done]
     known = slurm.job_states(sweep, [job for job in asked if job.cluster == "slurm"])
     known |= local.job_states(sweep, [job for job in asked if job.cluster == "local"])
-    return [_state_of(point, point.hash in done, jobs.get(point.hash), known) for point in points]
+    found = [_state_of(point, point.hash in done, jobs.get(point.hash), known) for point in points]
+    errors = failures(sweep)
+    return [_told(state, errors.get(state.point.overrides)) for state in found]
+
+
+def _told(state: PointState, error: str | None) -> PointState:
+    """The state of a point that no job was submitted for, if a multirun has tried it and failed."""
+    if error is None or state.state != "missing" or state.job is not None:
+        return state
+    return replace(state, state="failed", reason=error)
 
 
 def is_done(point: Point) -> bool:
