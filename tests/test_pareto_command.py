@@ -181,27 +181,27 @@ def test_a_sweep_s_results_are_collected_first_and_its_variants_told_apart(sweep
     assert len(list((folder / "figures").glob("retention-*.png"))) == 2
 
 
-def test_results_of_another_machine_are_not_overwritten_with_fewer(sweep, capsys, undrawn):
+def test_results_of_another_machine_are_not_overwritten_with_fewer(sweep):
     folder, points = sweep
-    assert main([str(folder)]) == 0
+    assert sources.origin_of([folder]).notices == ()
     before = (folder / "results.csv").read_bytes()
     shutil.rmtree(points[0].folder)
-    capsys.readouterr()
-    assert main([str(folder)]) == 0
+    (notice,) = sources.origin_of([folder]).notices
+    assert "is used as it is: 1 of its 2 runs are not done on this machine" in notice
     assert (folder / "results.csv").read_bytes() == before
-    text = " ".join(capsys.readouterr().out.split())
-    assert "is used as it is: 1 of its 2 runs are not done on this machine" in text
     shutil.rmtree("runs")
-    assert main([str(folder)]) == 0
+    origin = sources.origin_of([folder])
+    assert "2 of its 2 runs are not done on this machine" in origin.notices[0]
     assert (folder / "results.csv").read_bytes() == before
+    assert len(sources.load(origin)) == 3
 
 
-def test_a_sweep_with_points_to_come_is_shown_as_far_as_it_is(sweep, capsys, undrawn):
+def test_a_sweep_with_points_to_come_is_shown_as_far_as_it_is(sweep):
     folder, points = sweep
     (Path(points[1].folder) / "done.json").unlink()
-    assert main([str(folder)]) == 0
-    assert "1 of 2 points of windows are not done yet" in capsys.readouterr().out
-    assert {row["variant"] for row in rows_of(folder / "pareto.csv")} == {"", "window=4"}
+    origin = sources.origin_of([folder])
+    assert origin.notices == ("1 of 2 points of windows are not done yet",)
+    assert set(sources.load(origin)["variant"]) == {"", "window=4"}
 
 
 # -- what is wrong -------------------------------------------------------------------------------------------------------
