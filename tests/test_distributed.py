@@ -102,7 +102,7 @@ def assert_close(folder, wanted, tolerance=1e-5):
         assert one.keys() == two.keys()
         for key in two:
             weights = one[key], two[key]
-            torch.testing.assert_close(*weights, atol=tolerance, rtol=0, msg=lambda text, key=key: f"{name} {key}: {text}")
+            torch.testing.assert_close(*weights, atol=tolerance, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.fixture(scope="module")
