@@ -8,7 +8,7 @@ ARGS ?=
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-all slurm-test check kvpress bench-cpu clean
+.PHONY: help setup demo test test-all slurm-test check kvpress bench-cpu notebooks clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ $(KVPRESS)/.venv/.installed: $(KVPRESS)/requirements.txt
 bench-cpu: $(STAMP)  ## speed and memory of the compact cache on this CPU, an hour: see experiments/benchmarks/decode_cpu
 	set -e; for part in decode memory prefill peak; do $(BIN)/python $(DECODE_CPU)/bench.py $$part $(ARGS); done
 	$(BIN)/python $(DECODE_CPU)/table.py
+
+notebooks: $(STAMP)  ## run the notebooks and write their outputs
+	$(BIN)/python notebooks/execute.py $(ARGS)
 
 clean:  ## remove what the targets made, the environment included
 	rm -rf .venv $(KVPRESS)/.venv runs outputs .pytest_cache .ruff_cache .hypothesis dist
