@@ -393,4 +393,4 @@ def test_a_point_that_fails_is_shown_with_the_end_of_its_log_and_the_others_end(
     assert "FAILED: error: no weights for model.path=/nowhere/at/all" in " ".join(text.split())
     assert "missing: tiny-cr4-w8" in run("collect", "experiments/study", folder=working_folder)
     jobs = [job for job in load_jobs(load_sweep("experiments/study")) if job.cluster == "local"]
-    assert {state.state for state in local.job_states(None, jobs).values()} == {"COMPLETED", "FAILED"}
+    wait_for(lambda: {s.state for s in local.job_states(None, jobs).values()} == {"COMPLETED", "FAILED"})
