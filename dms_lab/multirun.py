@@ -158,8 +158,8 @@ def run_point(cfg: DictConfig, other: Callable[[DictConfig], None] | None = None
     failure of one process of several, since the rest would wait for it. `other`: what to do if it is no point of a sweep.
     """
     from dms_lab.sweeping.asked import is_of_all
-    from dms_lab.sweeping.steps import StoppedError
     from dms_lab.sweeping.objectives import FAILED
+    from dms_lab.sweeping.steps import StoppedError
 
     hydra = HydraConfig.get()
     is_searched = hydra.runtime.choices.get("search") is not None

@@ -208,10 +208,10 @@ def build_resources(values: dict[str, Any], where: str = "resources.", also: Seq
     for name in ("nodes", "cpus_per_task", "mem_gb", "timeout_min", "array_parallelism", "signal_delay_s"):
         if getattr(made, name) is not None and getattr(made, name) <= 0:
             raise ValueError(f"{where}{name}={getattr(made, name):g} must be above 0")
-    if "timeout_min" in values and made.timeout_min * 60 <= made.signal_delay_s and "signal_delay_s" in values:
+    if {"timeout_min", "signal_delay_s"} <= set(values) and made.timeout_min * 60 < 2 * made.signal_delay_s:
         raise ValueError(
             f"{where}signal_delay_s={made.signal_delay_s} leaves a job of timeout_min={made.timeout_min} no time to run: "
-            "it would be told to stop as it starts"
+            "it would be told to stop as it starts; give it at least twice as long"
         )
     return made
 

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from dms_lab.sweep_config import SWEEP
-from dms_lab.sweeping.asked import Asked, is_of_all, sweep_of, write_sweep
+from dms_lab.sweep_config import SWEEP, build_sweep
+from dms_lab.sweeping.asked import Asked, is_of_all, write_sweep
 from dms_lab.sweeping.objectives import NAMES, check_objectives
 from dms_lab.sweeping.points import Point, expand
 
@@ -23,9 +25,9 @@ _DIRECTIONS = ["minimize", "minimize"]
 
 
 def prepare(config: DictConfig, asked: Asked, folder: Path) -> list[Point]:
-    """Sets the sweeper to what is left of the search in `folder`; the point that its trials vary.
+    """Sets the sweeper to what is left of the search in `folder`; points at the ends of what its trials vary.
 
-    `ValueError` if that point cannot be run or judged, or if the folder or the sweep's file is of another search.
+    `ValueError` if one of these cannot be run or judged, or if the folder or the sweep's file is of another search.
     """
     if asked.command != "train":
         raise ValueError(f"search={asked.search} varies trainings; use it with dms_lab.train")
@@ -33,9 +35,9 @@ def prepare(config: DictConfig, asked: Asked, folder: Path) -> list[Point]:
         raise ValueError(
             f"hydra.sweeper.direction={list(config.hydra.sweeper.direction)}: two things are minimised, {_DIRECTIONS}"
         )
-    fixed = _fixed(asked)
-    points = expand(sweep_of(asked.command, [f"{key}={value}" for key, value in fixed.items()], asked.name))
-    check_objectives(points[0].config)
+    fixed, points = _points(config, asked)
+    for point in points:
+        check_objectives(point.config)
     trials = read_trials(folder)
     ended = [trial for trial in trials if trial["state"] in ("COMPLETE", "FAIL")]
     for trial in ended:
@@ -51,12 +53,25 @@ def prepare(config: DictConfig, asked: Asked, folder: Path) -> list[Point]:
     return points
 
 
-def _fixed(asked: Asked) -> dict[str, str]:
-    """The words that are not searched, as the sweeper hands them to each trial."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def _points(config: DictConfig, asked: Asked) -> tuple[dict[str, str], list[Point]]:
+    """The words that are not searched, as the sweeper hands them to each trial; points at the ends of what is searched."""
+    params = config.hydra.sweeper.params or {}
+    words = [*(f"{key}={value}" for key, value in params.items()), *asked.words]
+    overrides = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(words)}
+    fixed = {key: o.get_value_element_as_str() for key, o in overrides.items() if not o.is_sweep_override()}
+    searched = {key: _ends(o) for key, o in overrides.items() if key not in fixed}
+    first = fixed | {key: ends[0] for key, ends in searched.items()}
+    ends = [first, *(first | {key: end} for key, others in searched.items() for end in others[1:])]
+    parts = [{"command": asked.command, "overrides": [f"{k}={v}" for k, v in values.items()]} for values in ends]
+    name = asked.name or "unnamed"
+    return fixed, expand(build_sweep({"parts": parts}, name, Path("experiments", name)))
 
-    overrides = OverridesParser.create().parse_overrides(list(asked.words))
-    return {o.get_key_element(): o.get_value_element_as_str() for o in overrides if not o.is_sweep_override()}
+
+def _ends(override: Override) -> list[str]:
+    """All choices, or the two ends of an interval."""
+    if override.is_interval_sweep():
+        return [str(override.value().start), str(override.value().end)]
+    return list(override.sweep_string_iterator())
 
 
 def _of_points(values: dict[str, Any]) -> dict[str, Any]:

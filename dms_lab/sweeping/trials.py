@@ -112,6 +112,8 @@ def _from_plain(values: dict[str, Any]) -> FrozenTrial | None:
 
 
 def _waiting(params: dict[str, Any] | None) -> FrozenTrial | None:
-    from optuna.trial import create_trial
-
-    return create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": params}) if params else None
+    if not params:
+        return None
+    none: dict[str, Any] = {"params": {}, "distributions": {}, "user_attrs": {}, "intermediate_values": {}}
+    asked = {"system_attrs": {"fixed_params": params}, "datetime_start": None, "datetime_complete": None}
+    return FrozenTrial(number=-1, trial_id=-1, state=TrialState.WAITING, value=None, **none, **asked)
