@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.metadata
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,23 @@ def test_a_line_after_a_cut_one_is_not_lost(tmp_path):
     with pytest.raises(ValueError, match=r"results.jsonl:1 is not a JSON object"):
         results.load(path)
     path.write_text(second + "\n")
+    results.append(path, [POINT])
+    assert len(results.load(path)) == 2
+
+
+def test_a_full_disk_is_told_and_takes_no_part_of_a_line(tmp_path):
+    path = tmp_path / results.RESULTS
+    results.append(path, [POINT])
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = len(before) * 2 + 100  # for one more line, and the beginning of another
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+        with pytest.raises(OSError, match="No space left"):
+            results.append(path, [POINT, POINT])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
     results.append(path, [POINT])
     assert len(results.load(path)) == 2
 

@@ -1,5 +1,6 @@
 """Results as lines of JSON: appended whole, and not again what is there already; lines and tables read as one frame."""
 
+import errno
 import json
 import math
 import os
@@ -20,18 +21,25 @@ RESULTS = "results.jsonl"
 def append(path: Path, results: list[Result]) -> None:
     """Appends whole lines to `path`, each in one write, and waits until the disk has them.
 
-    A last line that was cut off stays as it is, for `load` to name it; what is appended starts on a line of its own.
+    On a full disk none of them is there afterwards, and the `OSError` is raised. A last line that was cut off stays as it is,
+    for `load` to name it; what is appended starts on a line of its own.
     """
     lines = [json.dumps(asdict(result)).encode() + b"\n" for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END):
+        size = file.seek(0, os.SEEK_END)
+        if size:
             file.seek(-1, os.SEEK_END)
             if lines and file.read(1) != b"\n":
                 lines[0] = b"\n" + lines[0]
-        for line in lines:
-            file.write(line)
-        os.fsync(file.fileno())
+        try:
+            for line in lines:
+                if file.write(line) < len(line):  # what is left of a disk takes a part, and says no error
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def append_new(path: Path, results: list[Result]) -> None:
