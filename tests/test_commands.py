@@ -120,7 +120,7 @@ def test_pretraining_leaves_a_model_that_loads_as_any_other(tmp_path):
 README = [
     line.strip() for line in (ROOT / "README.md").read_text().splitlines() if re.match("    (make|python|lm-eval) ", line)
 ]
-TESTS = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+TESTS = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 RUN_BY = {
     "make demo": "CI",
     'make demo ARGS="seed=0"': "CI",
@@ -153,6 +153,29 @@ RUN_BY = {
         "lm-eval run --model dms --model_args checkpoint=runs/<run>/checkpoints/cr8 --tasks <folder>/dms_aime24.yaml "
         "--apply_chat_template"
     ): "test_lm_evals_own_command_knows_the_model_and_the_tasks",
+    "python -m dms_lab.evaluate checkpoint=runs/<run> cr=3,6": (
+        "test_a_run_is_evaluated_at_other_ratios_than_it_was_trained_for"
+    ),
+    (
+        "python -m dms_lab.train -m model=llama32_1b,qwen_r1_1_5b cr=8 window=64,256 cluster=slurm sweep=windows_1b"
+    ): "test_a_job_asks_for_what_its_model_needs_swept_or_not",
+    "python -m dms_lab.sweep submit experiments/windows --dry-run": (
+        "test_the_plan_says_what_a_submission_would_cost_and_what_that_is_assumed_from"
+    ),
+    "python -m dms_lab.sweep submit experiments/windows": "test_completion_of_a_sweep_of_six_points",
+    "python -m dms_lab.sweep status experiments/windows": ("test_status_shows_where_each_point_stands_and_why_one_failed"),
+    "python -m dms_lab.sweep collect experiments/windows": (
+        "test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing"
+    ),
+    "python -m dms_lab.sweep cancel experiments/windows": (
+        "test_cancel_ends_every_job_of_the_sweep_that_is_queued_or_runs_and_no_other"
+    ),
+    "python -m dms_lab.pareto experiments/windows": (
+        "test_a_sweep_s_results_are_collected_first_and_its_variants_told_apart"
+    ),
+    "python -m dms_lab.train -m search=optuna trained=all steps=200 sweep=rates": (
+        "test_a_search_outlives_a_failed_trial_and_goes_on_after_a_stop"
+    ),
     "python -m dms_lab.preview data=jsonl data.path=<chats.jsonl>": "test_preview_shows_documents_with_their_mask",
     "python -m dms_lab.pretrain out=runs/tiny_model": "test_pretraining_leaves_a_model_that_loads_as_any_other",
 }
