@@ -73,17 +73,19 @@ def test_points_are_those_of_hydras_multirun_in_its_order(tmp_path):
         ("train", ["experiment=reference_recipe", "steps=7", "data.decontaminate=[a,b]"]),
         ("train", ["window=${steps}", "steps=5"]),
         ("train", ["+eval.more=1", "~lora_rank"]),
-        ("train", ["cr=4", "cr=8", "model=qwen3_8b"]),
+        ("train", ["cr=4", "cr=8", "model=qwen3_8b", "seed=3"]),
         ("evaluate", [*TASK, "model=tiny", "policy=tova", "budget=64", "eval.width=[1,4]"]),
         ("evaluate", ["checkpoint=runs/a", "cr=[2,3]"]),
     ],
 )
 def test_a_configuration_is_what_hydra_composes(command, words):
     with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        wanted = OmegaConf.to_container(compose(command, overrides=words), resolve=True)
-    with Composer() as composer:
-        composer.compose(command, words[:1])  # what is kept of one call changes nothing for the next
+        wanted, shorter = (
+            OmegaConf.to_container(compose(command, overrides=some), resolve=True) for some in (words, words[:-1])
+        )
+    with Composer() as composer:  # what is kept of one call changes nothing for the next
         assert composer.compose(command, words) == wanted
+        assert composer.compose(command, words[:-1]) == shorter
         assert composer.compose(command, words) == wanted
 
 
