@@ -21,8 +21,8 @@ RESULTS = "results.jsonl"
 def append(path: Path, results: list[Result]) -> None:
     """Appends whole lines to `path`, each in one write, and waits until the disk has them.
 
-    On a full disk none of them is there afterwards, and the `OSError` is raised. A last line that was cut off stays as it is,
-    for `load` to name it; what is appended starts on a line of its own.
+    Where the disk is full, none of them is there afterwards, and `OSError` is raised. A last line that was cut off stays as
+    it is, for `load` to name it; what is appended starts on a line of its own.
     """
     lines = [json.dumps(asdict(result)).encode() + b"\n" for result in results]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -98,22 +98,25 @@ class Lab:
         return done.stdout
 
     # -- how it goes on ------------------------------------------------------------------------------------------------
-    def halt(self, submitted: Sequence[tuple[Any, str]], seconds: float = 120) -> dict[str, list[int]]:
-        """Each of these jobs stands still in its training, after its first save: the processes by the job, one a rank.
+    def halt(
+        self, submitted: Sequence[tuple[Any, str]], after: str = "last.ckpt", seconds: float = 120
+    ) -> dict[str, list[int]]:
+        """Each of these jobs stands still since a file appeared in its run: the processes by the job, one a rank.
 
+        That is in the midst of training `after` the first save, or between training and results (`done.json`).
         `kill(pids, signal.SIGCONT)` lets them go on; Slurm does so itself before a signal that they should hear.
         """
         halted: dict[str, list[int]] = {}
 
         def are_halted() -> bool:
             for point, job in submitted:
-                if job not in halted and (self.run_of(point) / "last.ckpt").is_file():
+                if job not in halted and (self.run_of(point) / after).is_file():
                     halted[job] = tasks(self.cluster.conf, job)
                     kill(halted[job], signal.SIGSTOP)
                     assert halted[job], f"job {job} ended while it was to be halted"
             return len(halted) == len(submitted)
 
-        wait_until(f"jobs {[job for _, job in submitted]} have saved", are_halted, seconds, every=0.02)
+        wait_until(f"{after} is there for jobs {[job for _, job in submitted]}", are_halted, seconds, every=0.02)
         return halted
 
     def steps(self, point) -> list[tuple[int, float]]:

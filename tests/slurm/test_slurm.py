@@ -1,5 +1,7 @@
 """Sweeps on a real Slurm come to the results of a sweep that nobody disturbs, whatever happens to their jobs."""
 
+import json
+import mmap
 import os
 import signal
 import subprocess
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from cluster import wait_until
 from lab import Lab, Undisturbed, assert_undisturbed, swept
-from processes import kill, of_jobs, step_managers, tasks
+from processes import kill, of_jobs, step_managers
 
 pytestmark = pytest.mark.slurm
 TWO = swept(windows=(2, 4), seeds=(0,))
@@ -61,12 +63,10 @@ def test_a_step_that_is_killed_fails_its_job_and_a_resubmission_goes_on(lab: Lab
     assert_undisturbed(lab, undisturbed)
 
 
-def test_a_job_that_is_killed_between_training_and_results_is_not_trained_again(lab: Lab, undisturbed: Undisturbed):
+def test_a_job_that_is_killed_amid_its_results_is_not_trained_again(lab: Lab, undisturbed: Undisturbed):
     lab.describe(swept(windows=(2,), seeds=(0,)))
-    [(point, job)] = lab.submit()
-    rows = lab.run_of(point) / "results.jsonl"
-    wait_until("some results are written", lambda: rows.is_file() and rows.stat().st_size, 120, every=0.02)
-    kill(tasks(lab.cluster.conf, job))
+    [(point, job)] = submitted = lab.submit()
+    kill(lab.halt(submitted, after="results.jsonl")[job])
     assert lab.cluster.wait_for_jobs([job]) == {job: "FAILED"}
     before = lab.steps(point)
     lab.submit()
@@ -138,19 +138,24 @@ def test_a_full_disk_fails_one_job_and_leaves_nothing_half_written(lab: Lab, und
         assert_undisturbed(lab, undisturbed)
 
 
-def test_a_disk_that_is_full_when_results_are_written_costs_no_training(lab: Lab, undisturbed: Undisturbed):
+def test_a_disk_that_fills_amid_the_results_costs_no_training_and_no_row(lab: Lab, undisturbed: Undisturbed):
     lab.describe(swept(windows=(2,), seeds=(0,)))
     point = lab.points[0]
-    with small_disk(lab.run_of(point), "8m"):
-        [(_, job)] = lab.submit()
-        lab.halt([(point, job)])
+    with small_disk(lab.run_of(point), "16m"):
+        [(_, job)] = submitted = lab.submit()
+        halted = lab.halt(submitted, after="done.json")
+        before = lab.steps(point)
         filler = fill(lab.run_of(point))
-        kill(tasks(lab.cluster.conf, job), signal.SIGCONT)
+        os.truncate(filler, filler.stat().st_size - 2 * mmap.PAGESIZE)  # some lines fit, and the beginning of one more
+        kill(halted[job], signal.SIGCONT)
         assert lab.cluster.wait_for_jobs([job]) == {job: "FAILED"}
         assert "No space left on device" in lab.status()
+        lines = (lab.run_of(point) / "results.jsonl").read_text().splitlines()
+        assert 0 < len([json.loads(line) for line in lines]) < 12
         filler.unlink()
         lab.submit()
         lab.complete()
+        assert lab.steps(point) == before
         assert_undisturbed(lab, undisturbed)
 
 
