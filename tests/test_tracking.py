@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import wandb
 from PIL import Image
+from tracked import track, write_rows
 from wandb_files import OfflineRun, offline_runs
 from wandb_stub import WandbStub
 
@@ -24,7 +25,7 @@ from dms_lab import results, tracking
 from dms_lab.config import config_hash
 from dms_lab.evaluation import examples
 from dms_lab.results import Result
-from dms_lab.tracking import Comparison, Tracker
+from dms_lab.tracking import Comparison
 from dms_lab.tracking.evaluation import evaluation_ids
 from dms_lab.tracking.tables import MOST_SAMPLES, evenly
 
@@ -56,28 +57,6 @@ def online(monkeypatch):
         yield server
         server.answers.set()
         wandb.teardown()
-
-
-def row_of(step):
-    return {"step": step, "kl": 1 / step, "cr_hard": 1.5, "retained_per_head": [[1 / step, 0.25], [1.0, 0.5]]}
-
-
-def write_rows(folder, steps):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row_of(step)) + "\n" for step in steps))
-
-
-def track(config, steps, tracker=None):
-    """Logs as a training does: the line is in the file when the tracker gets it."""
-    folder = Path(config.out)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config)))
-    tracker = tracker or Tracker(config, folder)
-    for step in steps:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row_of(step)) + "\n")
-        tracker.log(row_of(step))
-    return tracker
 
 
 def as_logged(row):
@@ -471,7 +450,7 @@ LOGGER = """
 import pickle, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_tracking import track
+from tracked import track
 config = pickle.loads(Path(sys.argv[1]).read_bytes())
 tracker = None
 for step in range(int(sys.argv[2]), 10_000, 2):
@@ -481,13 +460,13 @@ for step in range(int(sys.argv[2]), 10_000, 2):
 """
 
 
-def killed_at(config, first, last, tmp_path):
-    """A process that logs from step `first` on is killed, and W&B's with it, when it has logged `last`."""
+def killed_when(is_time, config, first, tmp_path):
+    """A process that logs from step `first` on is killed, and W&B's with it, when `is_time(step)`."""
     (tmp_path / "config.pickle").write_bytes(pickle.dumps(config))
     words = [sys.executable, "-c", LOGGER.format(tests=str(Path(__file__).parent)), tmp_path / "config.pickle", str(first)]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stdout:
-        if int(line) >= last:
+        if is_time(int(line)):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -507,9 +486,9 @@ def test_runs_that_were_killed_and_synced_between_are_one_run_with_each_step_onc
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = make_config(tracking="wandb", sweep="windows", steps=400)
     folder = tmp_path / "run"
-    killed_at(config, 2, 100, tmp_path)
+    killed_when(lambda step: step >= 100, config, 2, tmp_path)
     write_rows(folder, range(2, 82, 2))  # to the last save, as training cuts it
-    killed_at(config, 82, 160, tmp_path)
+    killed_when(lambda step: step >= 160, config, 82, tmp_path)
     sync(folder)
     sent = online.history(config_hash(config))
     assert len(sent) >= 60  # of a process that was killed a second's worth may be missing
@@ -530,12 +509,14 @@ def test_runs_that_were_killed_and_synced_between_are_one_run_with_each_step_onc
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_online_is_the_same_run_with_each_step_once(make_config, tmp_path, online):
-    config = make_config(tracking="wandb", steps=200)
-    killed_at(config, 2, 100, tmp_path)
-    write_rows(tmp_path / "run", range(2, 62, 2))
-    track(config, range(62, 202, 2)).finish()
+    config = make_config(tracking="wandb", steps=2000)
+    killed_when(lambda step: len(online.history(config_hash(config))) > 30, config, 2, tmp_path)  # sent every 15 s
+    last = max(metrics(online.history(config_hash(config))))
+    write_rows(tmp_path / "run", range(2, last - 20, 2))
+    track(config, range(last - 20, last + 100, 2)).finish()
     found = metrics(online.history(config_hash(config)))
     assert found == in_file(config.out)
+    assert online.num_received == len(found)  # none of them twice
     assert list(online.runs) == [config_hash(config)]
 
 

@@ -20,6 +20,7 @@ class WandbStub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.key, self.runs, self.lines, self.files, self.artifacts = key, {}, {}, {}, []
+        self.num_received = 0  # rows of history
         self.lock, self.answers = threading.RLock(), threading.Event()
         self.answers.set()  # cleared: it takes requests and says nothing
 
@@ -126,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
                 with self.server.lock:
                     lines = self.server.lines.setdefault(self.path.split("/")[-2], {})
                     lines |= dict(enumerate(found["content"], found["offset"]))
+                    self.server.num_received += len(found["content"])
             self._answer({})
         elif self.path == "/graphql":
             asked = json.loads(data)
