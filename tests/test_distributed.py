@@ -124,7 +124,7 @@ def cases(tied):
         "all_ddp": ({"trained": "all"}, {}, "auto"),
         "adapter_fsdp": ({"accumulate": 4, "clip": 0.01}, {"gradient_checkpointing": True}, "fsdp"),
         "all_fsdp": ({"trained": "all", "average": 0.5}, {"gradient_checkpointing": True}, "fsdp"),
-        "lora_fsdp": ({"trained": "lora"}, {}, "fsdp"),
+        "lora_fsdp": ({"trained": "lora"}, {"dtype": "bfloat16"}, "fsdp"),  # the base in another precision than its LoRA
         "neuron_fsdp": (NEURON, {}, "fsdp"),
         "tied_fsdp": ({"trained": "all"}, {"path": str(tied)}, "fsdp"),
     }
@@ -287,7 +287,7 @@ def test_processes_that_the_configuration_does_not_ask_for_are_refused(make_conf
     with pytest.raises(ValueError, match="srun launched 2 processes on this node, but devices=4"):
         find_world(make_config(devices=4))
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "1,3")
-    with pytest.raises(ValueError, match="srun launched 3 processes on this node, but devices=2"):
+    with pytest.raises(ValueError, match="srun launched 1,3 processes on the nodes of this step"):
         find_world(make_config(devices=2, num_nodes=2))
     for name, value in zip(("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"), "0022", strict=True):
         monkeypatch.setenv(name, value)  # torchrun inside a job

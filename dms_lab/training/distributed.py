@@ -100,8 +100,13 @@ def _launched() -> World:
     if not _has(_SRUN):  # in a batch script, outside srun, the variables of a step are absent
         return World()
     rank, local_rank, node_rank, size, num_nodes = (int(env[name]) for name in _SRUN)
-    tasks = _tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", f"{size // num_nodes}(x{num_nodes})"))
-    return World(rank, local_rank, node_rank, size, tasks[node_rank], _slurm_meeting_point(), launcher="srun")
+    devices, *others = set(_tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", f"{size // num_nodes}(x{num_nodes})")))
+    if others:
+        raise ValueError(
+            f"srun launched {env['SLURM_STEP_TASKS_PER_NODE']} processes on the nodes of this step; every node must have "
+            "as many: use --ntasks-per-node"
+        )
+    return World(rank, local_rank, node_rank, size, devices, _slurm_meeting_point(), launcher="srun")
 
 
 def _tasks_per_node(text: str) -> list[int]:
@@ -146,12 +151,14 @@ def joined(world: World) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
-        torch.cuda.set_device(gpu_index(world))
+    backend, device = "gloo", None
+    if torch.cuda.is_available():
+        backend, device = "nccl", torch.device("cuda", gpu_index(world))
+        torch.cuda.set_device(device)
     store = dist.PrefixStore(f"run{next(_RUNS)}", _store(world))  # what an earlier run of this process left there is stale
-    backend = "nccl" if has_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=_TIMEOUT, device_id=device
+    )
     logger = logging.getLogger("dms_lab")
     level = logger.level
     if not world.is_first:
