@@ -298,9 +298,9 @@ def test_a_comparison_is_tables_a_scatter_a_figure_with_frontiers_and_the_report
     report = tmp_path / "report.html"
     report.write_text("<html>all of it</html>")
     points, margins = frames.points(), frames.margins()
-    run_id = tracking.log_pareto(tmp_path, "windows", Comparison(points, margins, ("a single seed",), report))
+    sent = tracking.log_pareto(tmp_path, "windows", Comparison(points, margins, ("a single seed",), report))
     ((found, run),) = offline_runs(tmp_path).items()
-    assert found == run_id == "pareto-windows"
+    assert found == sent.label.run_id == "pareto-windows"
     assert (run.run.job_type, run.run.run_group, run.config["warnings"]) == ("pareto", "windows", ["a single seed"])
     rows = run.table(run.summary["points"])
     assert [row["accuracy"] for row in rows] == pytest.approx(points["accuracy"].tolist())
@@ -331,7 +331,7 @@ def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, m
     live = track(config, range(2, 8, 2))
     live.finish()
     before = offline_runs(tmp_path)
-    found = tracking.rebuild([evaluated])
+    found = [sent.label.run_id for sent in tracking.rebuild([evaluated])]
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert {run.run.job_type for run in runs.values()} == {"train", "evaluate", "pareto"}
@@ -344,10 +344,27 @@ def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, m
 def test_of_a_collected_sweep_the_table_is_enough(tmp_path):
     frame = pd.DataFrame([asdict(row) for row in (result("full", 1.0), result(), result(run_id="other", seed=1))])
     results.save_csv(frame, tmp_path / "results.csv")
-    found = tracking.rebuild([tmp_path])
+    found = [sent.label.run_id for sent in tracking.rebuild([tmp_path])]
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert sorted(run.run.job_type for run in runs.values()) == ["evaluate", "evaluate", "pareto"]
+
+
+def test_a_rebuild_ends_at_the_first_run_that_wandb_does_not_take(evaluated, tmp_path):
+    (evaluated / "wandb").write_text("a file")
+    with pytest.raises(ValueError, match=r"did not take the run abc-eval-\w+ \(.*the same command goes on"):
+        tracking.rebuild([evaluated])
+
+
+def test_the_pareto_command_sends_a_training_that_was_not_evaluated(make_config, tmp_path, capsys):
+    from dms_lab.pareto.__main__ import main
+
+    track(make_config(tracking="wandb"), [2, 4]).finish()
+    assert main([str(tmp_path), "--wandb"]) == 0
+    (run,) = offline_runs(tmp_path).values()
+    assert run.run.job_type == "train"
+    assert main([str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().err
 
 
 def test_a_folder_without_anything_is_refused(tmp_path):
@@ -523,7 +540,7 @@ def test_a_run_that_goes_on_online_is_the_same_run_with_each_step_once(make_conf
 @pytest.mark.slow
 def test_offline_evaluations_and_comparisons_sync_with_their_tables_and_figures(evaluated, tmp_path, online, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    found = tracking.rebuild([evaluated])
+    found = [sent.label.run_id for sent in tracking.rebuild([evaluated])]
     sync(evaluated)
     assert set(online.runs) == set(found)
     uploaded = "\n".join(online.files)

@@ -69,7 +69,8 @@ def test_the_pareto_command_sends_a_comparison_and_what_it_is_of(tmp_path, monke
         shutil.copy(study / f"results_seed{seed}.jsonl", tmp_path)
     assert main([str(tmp_path), "--wandb"]) == 0
     runs = offline_runs(tmp_path)
-    assert f"W&B has {len(runs)} runs" in capsys.readouterr().out
+    told = f"W&B: {len(runs)} runs are kept offline; to send them: wandb sync {tmp_path}/wandb/offline-run-*"
+    assert told in capsys.readouterr().out
     (compared,) = (run for run in runs.values() if run.run.job_type == "pareto")
     (report,) = (artifact for artifact in compared.artifacts if artifact.type == "report")
     assert Path(report.manifest.contents[0].local_path).read_bytes() == (tmp_path / "report.html").read_bytes()

@@ -49,6 +49,9 @@ def _compare(asked: argparse.Namespace, command: str) -> None:
     from dms_lab.html_report import analysis, content, sources, tables
     from dms_lab.terminal import console
 
+    if asked.wandb and not tracking.has_results(asked.places):  # trainings alone
+        _tell(tracking.rebuild(asked.places))
+        return
     origin = sources.origin_of(asked.places)
     frame = analysis.select_tasks(sources.load(origin), asked.task)
     found = analysis.analyse(frame, asked.against, asked.within / 100)
@@ -65,8 +68,16 @@ def _compare(asked: argparse.Namespace, command: str) -> None:
     terminal.print("\n".join(str(path) for path in paths if path.suffix != ".svg"), highlight=False, markup=False)
     if asked.wandb:
         compared = tracking.Comparison(found.points, found.margins, tuple(found.warnings), paths[-1])
-        sent = tracking.rebuild(asked.places, compared, out)
-        terminal.print(f"W&B has {len(sent)} runs: {' '.join(sent)}", highlight=False)
+        _tell(tracking.rebuild(asked.places, compared, out))
+
+
+def _tell(runs: list) -> None:
+    """Says where the W&B runs are, and how those that are kept offline are sent."""
+    kept = sorted({str(run.place.parent / "offline-run-*") for run in runs if run.is_offline})
+    if kept:
+        print(f"W&B: {len(runs)} runs are kept offline; to send them: wandb sync {' '.join(kept)}")
+    else:
+        print(f"W&B has {len(runs)} runs: {' '.join(run.label.run_id for run in runs)}")
 
 
 def _out(asked: argparse.Namespace) -> Path:

@@ -10,7 +10,7 @@ Without an API key runs are kept offline in the folder they are of, and ``wandb 
 
 from dms_lab.tracking.evaluation import evaluation_id, log_evaluations
 from dms_lab.tracking.pareto import Comparison, log_pareto
-from dms_lab.tracking.rebuild import rebuild
+from dms_lab.tracking.rebuild import has_results, rebuild
 from dms_lab.tracking.run import Label, WandbRun
 from dms_lab.tracking.training import Tracker, closing, log_training
 
@@ -21,6 +21,7 @@ __all__ = [
     "WandbRun",
     "closing",
     "evaluation_id",
+    "has_results",
     "log_evaluations",
     "log_pareto",
     "log_training",

@@ -45,15 +45,16 @@ def evaluation_ids(frame: "pd.DataFrame") -> list[str]:
     return [evaluation_id(row) for row in frame[["run_id", "config_hash", "settings"]].to_dict("records")]
 
 
-def log_evaluations(place: Path, ids: Collection[str], group: str | None = None) -> None:
-    """These evaluations, whose results are in the file `place`, have their W&B runs, with all that it says of them."""
+def log_evaluations(place: Path, ids: Collection[str], group: str | None = None) -> list[WandbRun]:
+    """These evaluations have their W&B runs, with all that the file `place` says of them; returns the runs, closed."""
     frame, folder = results.load(place), place.parent
     path = folder / EXAMPLES
     examples = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows_of = evaluation_ids(frame)
+    rows_of, runs = evaluation_ids(frame), []
     for run_id in sorted(ids):
         shown = [row for row in examples if evaluation_id(row) == run_id]
-        _log(frame[[i == run_id for i in rows_of]], shown, run_id, folder, _sweep(folder) or group)
+        runs.append(_log(frame[[i == run_id for i in rows_of]], shown, run_id, folder, _sweep(folder) or group))
+    return runs
 
 
 def _sweep(folder: Path) -> str | None:
@@ -61,7 +62,7 @@ def _sweep(folder: Path) -> str | None:
     return json.loads(path.read_text()).get("sweep") if path.is_file() else None
 
 
-def _log(rows: "pd.DataFrame", examples: list[dict[str, Any]], run_id: str, folder: Path, group: str | None) -> None:
+def _log(rows: "pd.DataFrame", examples: list[dict[str, Any]], run_id: str, folder: Path, group: str | None) -> WandbRun:
     last = rows.iloc[-1]
     way = way_of(last["settings"])
     what = {name: cell(last[name]) for name in ("run_id", "config_hash", "model", "window", "seed", "git_revision")}
@@ -76,6 +77,7 @@ def _log(rows: "pd.DataFrame", examples: list[dict[str, Any]], run_id: str, fold
         run.log(values, run.next_step)
     run.summarize(summary(rows))
     run.finish()
+    return run
 
 
 def summary(rows: "pd.DataFrame") -> dict[str, float]:

@@ -28,8 +28,8 @@ class Comparison:
     report: Path | None = None
 
 
-def log_pareto(folder: Path, name: str, found: Comparison) -> str:
-    """The comparison called `name` has its W&B run, whose files go below `folder`; returns its id."""
+def log_pareto(folder: Path, name: str, found: Comparison) -> WandbRun:
+    """The comparison called `name` has its W&B run, which is returned, closed; W&B's files of it go below `folder`."""
     models, methods = sorted(set(found.points["model"])), sorted(set(found.points["method"]))
     what = {"models": models, "methods": methods, "warnings": list(found.warnings)}
     what |= {"versions": results.versions(), "git_revision": results.git_revision()}
@@ -44,7 +44,7 @@ def log_pareto(folder: Path, name: str, found: Comparison) -> str:
     if found.report is not None:
         run.attach(found.report, "report")
     run.finish()
-    return label.run_id
+    return run
 
 
 def _figures(points: "pd.DataFrame") -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from dms_lab import results
 from dms_lab.sweep_config import SWEEP, load_sweep
 from dms_lab.tracking.evaluation import evaluation_ids, log_evaluations
 from dms_lab.tracking.pareto import Comparison, log_pareto
-from dms_lab.tracking.run import wait
+from dms_lab.tracking.run import WandbRun, wait
 from dms_lab.tracking.training import METRICS, log_training
 
 
@@ -23,30 +23,44 @@ class _Files:
     group: str | None = None
 
 
-def rebuild(places: Sequence[Path], comparison: Comparison | None = None, out: Path | None = None) -> list[str]:
-    """Every training and evaluation in `places`, and their comparison, have their W&B runs; returns the ids.
+def rebuild(places: Sequence[Path], comparison: Comparison | None = None, out: Path | None = None) -> list[WandbRun]:
+    """Every training and evaluation in `places`, and their comparison, have their W&B runs; returns these, closed.
 
     A place: a run's folder, one that holds several, a sweep's (or its file), whose runs are looked for where they were
     computed, or a file of results. `out` is where W&B's files of the comparison go; without `comparison` it is made. Raises
-    `ValueError` if there is nothing to send.
+    `ValueError` if there is nothing to send, and at the first run that W&B does not take.
     """
-    found: list[str] = []
+    found: dict[str, WandbRun] = {}
+
+    def taken(run: WandbRun) -> None:
+        if run.failure is not None:
+            raise ValueError(
+                f"W&B did not take the run {run.label.run_id} ({run.failure}); the same command goes on from it"
+            )
+        found[run.label.run_id] = run
+
     files = [_files(Path(place)) for place in places]
     for one in files:
-        found += [log_training(folder, one.group) for folder in one.trained]
+        for folder in one.trained:
+            taken(log_training(folder, one.group))
         for file in one.results:
-            left = [run_id for run_id in dict.fromkeys(evaluation_ids(results.load(file))) if run_id not in found]
-            log_evaluations(file, left, one.group)
-            found += left
+            for run_id in dict.fromkeys(evaluation_ids(results.load(file))):
+                if run_id not in found:
+                    taken(*log_evaluations(file, [run_id], one.group))
     measured = [file for one in files for file in one.results]
     if measured:
         name = " + ".join(one.name for one in files)
-        found.append(log_pareto(out or files[0].folder, name, comparison or _compared(measured)))
+        taken(log_pareto(out or files[0].folder, name, comparison or _compared(measured)))
     wait()
     if not found:
         asked = ", ".join(map(str, places))
         raise ValueError(f"nothing of {asked} can be sent to W&B: there are neither trainings nor results")
-    return found
+    return list(found.values())
+
+
+def has_results(places: Sequence[Path]) -> bool:
+    """Whether there is anything to compare in `places`."""
+    return any(_files(Path(place)).results for place in places)
 
 
 def _files(place: Path) -> _Files:

@@ -41,25 +41,26 @@ class Label:
 class WandbRun:
     """An open run. What W&B cannot do, for want of a network, a right or a disk, is told once and never raised.
 
-    `next_step` is the first that W&B lacks.
+    `next_step` is the first that W&B lacks, `place` W&B's own folder of the run, `failure` what went wrong, if anything.
     """
 
     def __init__(self, label: Label, folder: Path) -> None:
         self.label, self.folder, self.next_step = label, folder, 0
+        self.place: Path | None = None
+        self.failure: str | None = None
         self._run: wandb.Run | None = None
-        self._place: Path | None = None  # W&B's own folder of the run
         with self.survives():
             folder.mkdir(parents=True, exist_ok=True)
             self._run = _opened(label, folder)
             if not self._run.disabled:
-                self._place = Path(self._run.dir).parent
-                sent = _replace_unsent(self._place, label.run_id)
+                self.place = Path(self._run.dir).parent
+                sent = _replace_unsent(self.place, label.run_id)
                 self.next_step = sent + 1 if self.is_offline else self._run.starting_step
 
     @property
     def is_offline(self) -> bool:
         """Whether the run is kept for `wandb sync`."""
-        return self._place is not None and self._place.name.startswith("offline-run-")
+        return self.place is not None and self.place.name.startswith("offline-run-")
 
     @contextmanager
     def survives(self) -> Iterator[None]:
@@ -67,12 +68,11 @@ class WandbRun:
         try:
             yield
         except Exception as error:  # of a library, a service and a network: no list of them is complete
-            self._run = None
+            self._run, self.failure = None, f"{type(error).__name__}: {error}"
             _log.warning(
-                "W&B failed (%s: %s). What is computed goes on, and its files have everything: python -m dms_lab.pareto %s "
+                "W&B failed (%s). What is computed goes on, and its files have everything: python -m dms_lab.pareto %s "
                 "--wandb sends what is missing",
-                type(error).__name__,
-                error,
+                self.failure,
                 self.folder,
             )
 
@@ -83,8 +83,8 @@ class WandbRun:
         with self.survives():
             self._run.log(values, step=step, commit=True)
             self.next_step = step + 1
-            if self._place is not None:
-                _note(self._place, self.label.run_id, step)
+            if self.place is not None:
+                _note(self.place, self.label.run_id, step)
 
     def summarize(self, values: dict[str, Any]) -> None:
         """`values` stand in the run's summary."""
@@ -110,7 +110,7 @@ class WandbRun:
             self._run.finish(exit_code=1 if failed else 0)
             self._run = None
             if self.is_offline:
-                _log.info("W&B: kept offline; to send it: wandb sync %s", self._place)
+                _log.info("W&B: kept offline; to send it: wandb sync %s", self.place)
 
 
 def wait() -> None:

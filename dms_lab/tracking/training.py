@@ -69,8 +69,8 @@ def closing(tracker: Tracker | None) -> Iterator[None]:
         tracker.finish()
 
 
-def log_training(folder: Path, group: str | None = None) -> str:
-    """The training in `folder` has its W&B run, made from `config.json` and `metrics.jsonl` alone; returns its id."""
+def log_training(folder: Path, group: str | None = None) -> WandbRun:
+    """The training in `folder` has its W&B run, which is returned, closed: made from `config.json` and `metrics.jsonl`."""
     config = json.loads((folder / "config.json").read_text())
     config["sweep"] = config.get("sweep") or group
     done = json.loads((folder / DONE).read_text()) if (folder / DONE).is_file() else {}
@@ -81,7 +81,7 @@ def log_training(folder: Path, group: str | None = None) -> str:
     for row in rows[-1:]:
         log_row(run, row, folder)
     run.finish()
-    return run.label.run_id
+    return run
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
