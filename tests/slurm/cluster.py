@@ -148,7 +148,7 @@ class Cluster:
         words = dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
         return int(words["Restarts"])
 
-    def wait_for_jobs(self, jobs: Sequence[str], seconds: float = 120.0) -> dict[str, str]:
+    def wait_for_jobs(self, jobs: Sequence[str], seconds: float = 600.0) -> dict[str, str]:
         """Every job has ended: its state by its id."""
         states: dict[str, str] = {}
 

@@ -62,7 +62,7 @@ class Lab:
         return self.folder / point.folder
 
     # -- the command ---------------------------------------------------------------------------------------------------
-    def call(self, *words: str, module: str = "sweep", seconds: float = 180) -> subprocess.CompletedProcess:
+    def call(self, *words: str, module: str = "sweep", seconds: float = 300) -> subprocess.CompletedProcess:
         """`python -m dms_lab.<module> <words>`, whatever it ends with."""
         command = [sys.executable, "-m", f"dms_lab.{module}", *words]
         environment = self.cluster.environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -99,7 +99,7 @@ class Lab:
 
     # -- how it goes on ------------------------------------------------------------------------------------------------
     def halt(
-        self, submitted: Sequence[tuple[Any, str]], after: str = "last.ckpt", seconds: float = 120
+        self, submitted: Sequence[tuple[Any, str]], after: str = "last.ckpt", seconds: float = 300
     ) -> dict[str, list[int]]:
         """Each of these jobs stands still since a file appeared in its run: the processes by the job, one a rank.
 
@@ -128,13 +128,13 @@ class Lab:
         """As `steps`, of each point, up to its first save."""
         return [[row for row in self.steps(point) if row[0] <= FIRST_SAVE] for point, _ in submitted]
 
-    def wait_for_requeue(self, seconds: float = 180) -> None:
+    def wait_for_requeue(self, seconds: float = 300) -> None:
         """Each job of the last submission has been queued again, once."""
         wait_until(
             "jobs are queued again", lambda: {self.cluster.restarts(job) for job in self.jobs} == {1}, seconds, every=0.5
         )
 
-    def complete(self, seconds: float = 180) -> None:
+    def complete(self, seconds: float = 600) -> None:
         """All jobs of the last submission have completed."""
         assert self.cluster.wait_for_jobs(self.jobs, seconds) == dict.fromkeys(self.jobs, "COMPLETED")
 

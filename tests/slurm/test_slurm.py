@@ -20,7 +20,7 @@ TWO = swept(windows=(2, 4), seeds=(0,))
 def test_completion_of_a_sweep_of_six_points(lab: Lab, undisturbed: Undisturbed):
     lab.describe(swept())
     assert len(lab.submit()) == 6
-    lab.complete(300)
+    lab.complete()
     assert_undisturbed(lab, undisturbed)
     assert lab.submit() == []  # what is done is not submitted again
 
