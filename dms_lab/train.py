@@ -5,6 +5,7 @@ compose (Hydra) -> resolve and validate -> find the weights -> train -> evaluate
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -33,6 +34,7 @@ def main(cfg: DictConfig) -> tuple[float, ...] | None:
 def run(cfg: DictConfig) -> None:
     """Completes one run; `ValueError` for what is wrong, and an exit if a signal stops it. A done run takes a second."""
     from dms_lab.config import resolve, run_folder
+    from dms_lab.sweeping.job import locked
     from dms_lab.sweeping.steps import OwnEvaluation, Training
     from dms_lab.training.distributed import is_first_rank
 
@@ -47,17 +49,18 @@ def run(cfg: DictConfig) -> None:
 
     quiet()
     models.resolve_path(config.model.path)
-    from dms_lab.training.run import train
+    with locked(Path(run_folder(config)), patience_seconds=0) if is_first_rank() else nullcontext():
+        from dms_lab.training.run import train
 
-    outcome = train(config)
-    if not outcome.finished:
-        print(f"stopped by {outcome.stopped_by}; the same command goes on from {outcome.folder}")
-        sys.exit(130)
-    if not is_first_rank():
-        return
-    print(f"checkpoints: {outcome.folder / 'checkpoints'}")
-    for step in steps[1:]:
-        step.run()
+        outcome = train(config)
+        if not outcome.finished:
+            print(f"stopped by {outcome.stopped_by}; the same command goes on from {outcome.folder}")
+            sys.exit(130)
+        if not is_first_rank():
+            return
+        print(f"checkpoints: {outcome.folder / 'checkpoints'}")
+        for step in steps[1:]:
+            step.run()
 
 
 def command_line(entry: Callable[[], None], keys: Sequence[str] | None = None) -> None:

@@ -208,6 +208,15 @@ def test_a_signal_ends_the_whole_sweep(small, called, monkeypatch):
     assert trained == [0]
 
 
+def test_a_run_that_a_job_of_a_sweep_is_at_is_not_begun_beside_it(small, called, tmp_path):
+    from dms_lab.sweeping.job import locked
+
+    [point] = expand(sweep_of("train", [*small, "data.path=good"], None))
+    with locked(tmp_path / point.folder):
+        assert f"another job works in {point.folder}" in called("train", *small, "data.path=good")
+    assert [path.name for path in (tmp_path / point.folder).iterdir()] == ["run.lock"]
+
+
 def test_evaluations_of_runs_that_are_not_there_fail_one_by_one(called, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = called("evaluate", "-m", "checkpoint=here,there")
@@ -269,8 +278,8 @@ def test_a_job_asks_for_what_its_model_needs_swept_or_not(submitted):
     tiny, _, _ = submitted("model=tiny", "seed=0,1")
     assert tiny | {"time": "120", "cpus-per-task": "1", "mem": "4GB", "nodes": "1", "ntasks-per-node": "1"} == tiny
     assert "gpus-per-node" not in tiny
-    one, _, _ = submitted("model=llama32_1b")
-    two, _, _ = submitted("model=llama32_1b,qwen_r1_1_5b", "cr=2,4")
+    one, _, _ = submitted("model=llama32_1b", "sweep=x")
+    two, _, _ = submitted("model=llama32_1b,qwen_r1_1_5b", "cr=2,4", "sweep=x")
     assert one == two
     assert (two["time"], two["gpus-per-node"]) == ("240", "1")
     large, _, _ = submitted("model=qwen_r1_32b")
