@@ -144,6 +144,19 @@ def test_of_several_processes_the_first_alone_locks_and_evaluates(working_folder
     assert done == ["trained", "trained", "evaluated"]
 
 
+def test_of_several_processes_the_first_alone_says_that_the_job_was_stopped(working_folder, monkeypatch):
+    def stop(self):
+        raise steps.StoppedError("stopped by SIGUSR2")
+
+    monkeypatch.setattr(steps.Training, "run", stop)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    point = one_point(*TINY)
+    job_of(point, working_folder)()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    with pytest.raises(steps.StoppedError):
+        job_of(point, working_folder)()
+
+
 def test_a_job_that_is_queued_again_is_the_same_job(working_folder):
     from submitit.core.utils import DelayedSubmission
 

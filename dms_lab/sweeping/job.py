@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ class PointJob:
             return
         if _rank() > 0:  # of several processes, only the first has a lock, and evaluates
             if isinstance(remaining[0], Training):
-                remaining[0].run()
+                with suppress(StoppedError):  # by raising it, srun might end the first before that has queued the job again
+                    remaining[0].run()
             return
         with locked(self.folder):
             for step in remaining:
