@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import chdir
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,11 @@ class Lab:
     def sweep(self) -> Path:
         return self.folder / "experiments" / "sweep"
 
-    def describe(self, overrides: Sequence[str], **resources: object) -> None:
-        """`sweep.yaml` asks for these points on the cluster."""
+    def describe(self, *parts: Sequence[str], **resources: object) -> None:
+        """`sweep.yaml` asks for the products of these parts' overrides, on the cluster."""
         self.sweep.mkdir(parents=True)
-        values = {"parts": [{"overrides": list(overrides)}], "cluster": "slurm", "resources": RESOURCES | resources}
+        described = [{"overrides": list(overrides)} for overrides in parts]
+        values = {"parts": described, "cluster": "slurm", "resources": RESOURCES | resources}
         (self.sweep / "sweep.yaml").write_text(json.dumps(values))  # JSON is YAML
 
     @property
@@ -62,18 +63,30 @@ class Lab:
         return self.folder / point.folder
 
     # -- the command ---------------------------------------------------------------------------------------------------
-    def call(self, *words: str, module: str = "sweep", seconds: float = 300) -> subprocess.CompletedProcess:
-        """`python -m dms_lab.<module> <words>`, whatever it ends with."""
-        command = [sys.executable, "-m", f"dms_lab.{module}", *words]
-        environment = self.cluster.environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        environment |= {"WANDB_MODE": "disabled"}
-        return subprocess.run(command, cwd=self.folder, env=environment, text=True, capture_output=True, timeout=seconds)
+    def start(self, *words: str, module: str = "sweep") -> subprocess.Popen:
+        """`python -m dms_lab.<module> <words>` runs in the folder."""
+        environment = self.cluster.environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+        return subprocess.Popen(
+            [sys.executable, "-m", f"dms_lab.{module}", *words],
+            cwd=self.folder,
+            env=environment,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
-    def ask(self, *words: str, **options) -> str:
+    def call(self, *words: str, seconds: float = 300) -> tuple[int, str]:
+        """The exit status of `dms_lab.sweep` with these words, and what it prints."""
+        with self.start(*words) as process:
+            said, _ = process.communicate(timeout=seconds)
+            return process.returncode, said
+
+    def ask(self, *words: str) -> str:
         """What a command prints that ends well."""
-        done = self.call(*words, **options)
-        assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        code, said = self.call(*words)
+        assert code == 0, f"{' '.join(words)} ended with {code}\n{said}"
+        return said
 
     def submit(self, *words: str) -> list[tuple[Any, str]]:
         """The points that a submission of the sweep adds jobs for, each with the id of its job."""
@@ -93,9 +106,9 @@ class Lab:
 
     def status(self) -> str:
         """What `sweep status` shows: it ends with 1 where a point failed, and with 0 elsewhere."""
-        done = self.call("status", str(self.sweep))
-        assert (done.returncode, "failed" in done.stdout) in ((0, False), (1, True)), done.stdout + done.stderr
-        return done.stdout
+        code, said = self.call("status", str(self.sweep))
+        assert (code, "failed" in said) in ((0, False), (1, True)), said
+        return said
 
     # -- how it goes on ------------------------------------------------------------------------------------------------
     def halt(
@@ -128,6 +141,11 @@ class Lab:
         """As `steps`, of each point, up to its first save."""
         return [[row for row in self.steps(point) if row[0] <= FIRST_SAVE] for point, _ in submitted]
 
+    def preempt(self) -> None:
+        """A job of the partition with priority takes both nodes, for a second."""
+        words = "-p high -N2 --exclusive -o /dev/null --wrap".split()
+        self.cluster.run("sbatch", *words, "sleep 1", cwd=self.folder)
+
     def wait_for_requeue(self, seconds: float = 300) -> None:
         """Each job of the last submission has been queued again, once."""
         wait_until(
@@ -158,7 +176,7 @@ def measured(row: dict) -> dict[str, float | None]:
 
 
 class Undisturbed:
-    """The rows of points that nobody disturbs: trained and evaluated in this process, each once a session."""
+    """The rows of points that nobody disturbs: trained and evaluated by this one process, each once a session."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -177,8 +195,9 @@ class Undisturbed:
 
             torch.set_num_threads(1)
             with chdir(self.folder):
-                outcome = train(point.config, progress=False)
-                evaluate_run(point.config, outcome.folder)
+                config = replace(point.config, devices=1, num_nodes=1)
+                outcome = train(config, progress=False)
+                evaluate_run(config, outcome.folder)
                 lines = (outcome.folder / "results.jsonl").read_text().splitlines()
             self._rows[point.hash] = [json.loads(line) for line in lines]
         return self._rows[point.hash]

@@ -23,9 +23,7 @@ def test_a_multirun_waits_for_preempted_jobs_and_tells_of_the_point_that_failed(
             fine = [(point, job) for job, point in submitted.items() if point.config.model.path == "embedded"]
             lab.jobs = [job for _, job in fine]
             lab.halt(fine)
-            lab.cluster.run(
-                "sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1", cwd=lab.folder
-            )
+            lab.preempt()
             lab.wait_for_requeue()
             assert multirun.wait(240) == 1
         finally:

@@ -30,7 +30,7 @@ def test_preemption_sends_jobs_back_and_they_go_on_from_what_they_saved(lab: Lab
     submitted = lab.submit()
     lab.halt(submitted)
     before = lab.steps_until_save(submitted)
-    lab.cluster.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1", cwd=lab.folder)
+    lab.preempt()
     lab.wait_for_requeue()
     lab.complete()
     assert lab.steps_until_save(submitted) == before
@@ -179,6 +179,24 @@ def test_a_cancelled_sweep_leaves_the_queue_and_is_finished_by_a_resubmission(la
     wait_until("they have left the queue", lambda: not lab.cluster.run("squeue", "-h"))
     assert len(lab.submit()) == 2
     lab.complete()
+    assert_undisturbed(lab, undisturbed)
+
+
+def test_processes_on_two_nodes_are_sent_back_together_and_train_what_one_does(lab: Lab, undisturbed: Undisturbed):
+    shared = "accumulate=2"  # a micro-batch for each process: two numbers have one sum, in whatever order
+    two_nodes, one_node = ([*swept(windows=(window,), seeds=(0,)), shared] for window in (2, 4))
+    loopback = ["export MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo"]  # the nodes' names are known to Slurm alone
+    lab.describe([*two_nodes, "num_nodes=2"], [*one_node, "devices=2"], setup=loopback)
+    submitted = lab.submit()
+    halted = lab.halt(submitted)
+    assert [len(pids) for pids in halted.values()] == [2, 2]
+    before = lab.steps_until_save(submitted)
+    for job, pids in halted.items():
+        lab.cluster.run("scancel", "--signal=USR2", job)
+        kill(pids, signal.SIGCONT)
+    lab.wait_for_requeue()
+    lab.complete()
+    assert lab.steps_until_save(submitted) == before
     assert_undisturbed(lab, undisturbed)
 
 
