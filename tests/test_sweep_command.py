@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -237,8 +238,6 @@ def test_status_shows_where_each_point_stands_and_why_one_failed(fake_slurm, cap
 
 
 def test_status_without_accounting_says_what_cannot_be_known_and_takes_what_jobs_left(fake_slurm, capsys):
-    import pickle
-
     folder = write_sweep([*TINY, "seed=range(2)"], cluster="slurm")
     points = points_of(folder)
     logs = [note(folder, point, str(number)) for number, point in enumerate(points)]
@@ -252,6 +251,22 @@ def test_status_without_accounting_says_what_cannot_be_known_and_takes_what_jobs
     assert (
         f"unknown {points[1].name}: accounting has no answer (sacct failed: Slurm accounting storage is disabled)" in text
     )
+
+
+def test_of_several_processes_the_one_that_failed_says_why(fake_slurm, capsys):
+    folder = write_sweep([*TINY, "devices=2", "accumulate=2"], cluster="slurm")
+    log = note(folder, points_of(folder)[0], "5")
+    log.write_text("waiting for the other\nsrun: error: n1: task 0: Killed\n")
+    fake_slurm.answer("sacct", "5|FAILED|00:01:00|None\n")
+    assert main(["status", str(folder)]) == 1
+    assert "FAILED: waiting for the other" in capsys.readouterr().out
+    log.with_name("5_1_log.err").write_text("Traceback\nOSError: no space\n")
+    log.with_name("5_1_result.pkl").write_bytes(pickle.dumps(("error", "Traceback\nOSError: no space\n")))
+    assert main(["status", str(folder)]) == 1
+    text = capsys.readouterr().out
+    assert "FAILED: OSError: no space" in text
+    assert "waiting for the other" not in text
+    assert "5_1_log.err" in text
 
 
 def test_status_tells_of_points_that_failed_in_a_multirun(working_folder, capsys):

@@ -6,7 +6,7 @@ import pickle
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dms_lab.sweep_config import SweepConfig
@@ -128,13 +128,23 @@ def _expanded(job_ids: str) -> Iterator[str]:
         yield from (f"{array}_{index}" for index in range(int(first), int(last or first) + 1))
 
 
-def outcome(job: Submitted) -> tuple[str, str] | None:
-    """What submitit left of a job that ended: ("success", "") or ("error", its traceback); None if nothing."""
-    path = Path(job.log.replace("_log.err", "_result.pkl"))
-    if not path.is_file():
-        return None
-    kind, value = pickle.loads(path.read_bytes())
-    return kind, "" if kind == "success" else str(value)
+@dataclass(frozen=True)
+class Outcome:
+    """What submitit left of a job that ended: the traceback that it ended by, '' for none; the log of that process."""
+
+    error: str
+    log: Path
+
+
+def outcome(job: Submitted) -> Outcome | None:
+    """What a job left, of several processes the first one that failed; None if it left nothing."""
+    results = Path(job.log).parent.glob(f"{job.job_id}_*_result.pkl")
+    found = []
+    for path in sorted(results, key=lambda path: int(path.name.split("_")[-2])):
+        kind, value = pickle.loads(path.read_bytes())
+        log = path.with_name(path.name.replace("_result.pkl", "_log.err"))
+        found.append(Outcome("" if kind == "success" else str(value), log))
+    return next((end for end in found if end.error), found[0] if found else None)
 
 
 def _call(*words: str) -> str:

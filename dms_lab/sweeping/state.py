@@ -35,6 +35,7 @@ class PointState:
     cr: float | None = None
     reason: str = ""
     log: tuple[str, ...] = ()
+    log_path: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -51,8 +52,8 @@ class PointState:
         found = {"point": self.point.name, "folder": self.point.folder, "hash": self.point.hash, "state": self.state}
         found |= {"overrides": list(self.point.overrides), "variant": self.point.variant}
         found |= {name: getattr(self, name) for name in ("elapsed", "restarts", "step", "steps", "cr", "reason")}
-        job = {"job_id": self.job.job_id, "log": self.job.log} if self.job else {"job_id": None, "log": None}
-        return found | job | {"log_lines": list(self.log)}
+        job_id, log = (self.job.job_id, self.log_path or self.job.log) if self.job else (None, None)
+        return found | {"job_id": job_id, "log": log, "log_lines": list(self.log)}
 
 
 def point_states(sweep: SweepConfig, points: Sequence[Point]) -> list[PointState]:
@@ -108,18 +109,21 @@ def _ended(point: Point, job: Submitted, found: JobState, progress: dict[str, An
     if found.state == "COMPLETED":  # for all that was asked when it was submitted
         return PointState(point, "missing", reason="more is asked than was submitted", **progress)
     left = slurm.outcome(job) if job.cluster == "slurm" else None
-    if found.state in _FAILED or (left is not None and left[0] == "error"):
-        log = tail(Path(job.log), LOG_LINES)
-        return PointState(point, "failed", reason=_reason(found, left, log), log=log, **progress)
+    if found.state in _FAILED or (left is not None and left.error):
+        path = left.log if left is not None and left.error else Path(job.log)
+        log = tail(path, LOG_LINES)
+        return PointState(point, "failed", reason=_reason(found, left, log), log=log, log_path=str(path), **progress)
     if left is not None:
         return PointState(point, "missing", reason="more is asked than was submitted", **progress)
     told = found.reason or "neither the queue nor accounting (sacct) knows the job, and it left no result"
-    return PointState(point, "unknown", reason=told, log=tail(Path(job.log), LOG_LINES), **progress)
+    log = tail(Path(job.log), LOG_LINES)
+    return PointState(point, "unknown", reason=told, log=log, log_path=job.log, **progress)
 
 
-def _reason(found: JobState, left: tuple[str, str] | None, log: Sequence[str]) -> str:
+def _reason(found: JobState, left: slurm.Outcome | None, log: Sequence[str]) -> str:
     """Why a job failed, in a line: the state that it ended in, and the exception's last line, else the log's."""
-    said = left[1].strip().splitlines()[-1] if left and left[1].strip() else (log[-1] if log else "no log was written")
+    own = [line for line in log if not line.startswith(("srun: ", "slurmstepd: "))] or log
+    said = left.error.strip().splitlines()[-1] if left and left.error else own[-1] if own else "no log was written"
     why = [found.state or "FAILED", *([found.reason] if found.reason not in ("None", "") else []), said]
     return ": ".join(why)
 

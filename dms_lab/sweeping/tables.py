@@ -49,8 +49,8 @@ def _print_reasons(out: Console, states: Sequence[PointState]) -> None:
             out.print(f"[bold red]{state.state}[/] {state.point.name}: {escape(state.reason)}", highlight=False)
             for line in state.log:
                 out.print(f"    {escape(line)}", highlight=False, style="dim")
-            if state.job:
-                out.print(f"    log: {state.job.log}", highlight=False)
+            if state.log_path:
+                out.print(f"    log: {state.log_path}", highlight=False, soft_wrap=True)
 
 
 def _words(state: PointState) -> str:
