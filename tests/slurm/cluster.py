@@ -30,6 +30,7 @@ PROGRAMS = (
 NODES = ("n1", "n2")
 TERMINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 _HERE = Path(__file__).parent
+_PREFIX = "dms-lab-slurm-"
 
 
 def why_not() -> str | None:
@@ -182,8 +183,10 @@ def cluster() -> Iterator[Cluster]:
     """Inside, two idle nodes with accounting; afterwards nothing of them is left. `RuntimeError` with a log if it fails."""
     if reason := why_not():
         raise RuntimeError(reason)
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    _remove_leftovers()
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
     folder.chmod(0o755)  # the user munge and the clients go in and out
+    (folder / "owner").write_text(str(os.getpid()))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "MYSQL_"))}
     found = Cluster(folder, kept | {"PATH": _search_path(), "SLURM_CONF": str(folder / "slurm.conf")})
     try:
@@ -192,6 +195,18 @@ def cluster() -> Iterator[Cluster]:
         yield found
     finally:
         _tear_down(found)
+
+
+def _remove_leftovers() -> None:
+    """Nothing is left of clusters whose process was killed: their daemons ended with it, but not their jobs."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/owner"):
+        if not Path("/proc", owner.read_text()).exists():
+            _end_jobs(owner.parent / "slurm.conf")
+            shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+def _end_jobs(conf: Path) -> None:
+    kill(step_managers(conf) + of_jobs(conf))
 
 
 def _configure(found: Cluster) -> None:
@@ -259,10 +274,10 @@ def _start(found: Cluster) -> None:
 
 def _tear_down(found: Cluster) -> None:
     """Jobs first, then the daemons in reverse, then the folder."""
-    kill(step_managers(found.conf) + of_jobs(found.conf))
+    _end_jobs(found.conf)
     for name in reversed(list(found.daemons)):
         found.stop(name, signal.SIGKILL if name == "mariadbd" else signal.SIGTERM, 5)
-    kill(step_managers(found.conf) + of_jobs(found.conf))
+    _end_jobs(found.conf)
     shutil.rmtree(found.folder, ignore_errors=True)
 
 
