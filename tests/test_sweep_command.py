@@ -162,6 +162,19 @@ def test_hours_are_those_that_the_sweep_itself_has_measured_where_it_has(working
     assert "jobs: 2 on this machine, 1 at a time" in text
 
 
+def test_steps_that_were_trained_cost_nothing_more(working_folder):
+    from dms_lab.sweeping.state import point_states
+
+    folder = write_sweep([*TINY, "seed=0,1"])
+    points = points_of(folder)
+    Path(points[0].folder).mkdir(parents=True)
+    row = {"step": points[0].config.steps - 1, "cr_hard": 1.5, "tokens_per_second": 100.0}
+    (Path(points[0].folder) / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    [planned] = cost.costs(point_states(load_sweep(folder), points))
+    whole = cost.tokens_of(points[1].config)
+    assert planned.tokens == whole + whole // points[0].config.steps
+
+
 def test_a_checkpoint_takes_what_the_plan_says_of_it(base_folder):
     from dms_lab.checkpoint import trained_parameters
     from dms_lab.training.run import build_module

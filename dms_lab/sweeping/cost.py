@@ -65,13 +65,19 @@ def tokens_of(config: TrainConfig) -> int:
     return config.steps * config.batch_size * config.accumulate * config.context
 
 
+def _tokens_left(state: PointState) -> float:
+    """Tokens from the step that the run has logged last; none of a run that is trained and not evaluated yet."""
+    return tokens_of(state.point.config) * (1 - (state.step or 0) / state.point.config.steps)
+
+
 def _cost(model: str, trained: str, states: Sequence[PointState]) -> Cost:
     left = [state.point for state in states if state.state != "done"]
     evaluations = sum(len(point.then) + (1 if trained == "-" else int(point.config.eval_after)) for point in left)
     num_done = len(states) - len(left)
     if trained == "-":
         return Cost(model, trained, num_done, len(left), 0, 0.0, None, "", len(left) * RESULTS_BYTES, evaluations)
-    shape, tokens = shape_of(states[0].point.config.model), sum(tokens_of(point.config) for point in left)
+    shape = shape_of(states[0].point.config.model)
+    tokens = round(sum(_tokens_left(state) for state in states if state.state != "done"))
     rate, basis = _rate([state.point for state in states], trained, shape)
     return Cost(
         model=model,

@@ -98,7 +98,7 @@ def assumptions(rows: Sequence[Cost]) -> list[str]:
         ),
         cost.ASSUMED: f"at {assumed} tokens a second of one thread for the embedded model, inversely to the parameters",
     }
-    found = ["tokens: steps * batch_size * accumulate * context of every run that is not done, from its beginning"]
+    found = ["tokens: steps * batch_size * accumulate * context, of the steps that are left of every run"]
     found += [f"device hours, {basis}: {sentence}" for basis, sentence in sentences.items() if basis in used]
     if any(row.least_hours is not None for row in rows):
         found.append(
