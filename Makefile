@@ -26,7 +26,7 @@ demo: $(STAMP)  ## retrofit the embedded model, compare it with its rivals: a ta
 	$(BIN)/python -m dms_lab.demo $(ARGS)
 
 test: $(STAMP)  ## run the fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu and not slurm" -n $(THREADS) --dist loadfile $(ARGS)
 
 test-all: $(STAMP)  ## run every test, the slow ones too
 	$(BIN)/python -m pytest $(ARGS)
