@@ -78,7 +78,7 @@ def test_a_cache_from_before_refuses_to_go_on(handle, texts):
     ids = torch.tensor([texts[0]])
     handle.model(input_ids=ids[:, :8], past_key_values=cache)
     calibration.dial(handle, texts, 2.0)
-    with pytest.raises(ValueError, match="make the cache with handle.policy"):
+    with pytest.raises(ValueError, match=r"make the cache with handle\.policy"):
         handle.model(input_ids=ids[:, 8:16], past_key_values=cache)
 
 
@@ -116,7 +116,7 @@ def test_a_dialled_checkpoint_is_another_model_to_the_store(run):
 
 
 def test_own_text_is_what_the_ratio_is_reached_on(run, tmp_path):
-    config, folder = run
+    config, _ = run
     from dms_lab import models
 
     tokenizer = models.load_tokenizer(config.model)

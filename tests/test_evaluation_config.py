@@ -200,7 +200,8 @@ def test_the_valid_keys_are_those_that_compose():
     for key in evaluate_keys():
         assert OmegaConf.select(values, key, default="absent") != "absent", key
     lines = yaml.safe_load((CONF / "evaluate.yaml").read_text())
-    assert set(lines) - {"defaults", "hydra"} | {"eval", "model", "cluster"} == {key for key in evaluate_keys() if "." not in key}
+    keys = {key for key in evaluate_keys() if "." not in key}
+    assert set(lines) - {"defaults", "hydra"} | {"eval", "model", "cluster"} == keys
 
 
 @pytest.mark.parametrize(
