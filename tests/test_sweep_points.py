@@ -140,12 +140,20 @@ def test_points_in_one_folder_are_refused():
 
 
 def test_a_variant_is_what_differs_within_the_sweep_but_for_what_has_a_column():
-    points = points_of("model=tiny", "window=4,16", "cr=4,8", "seed=0,1", "steps=9", "decided_by=next,delayed")
+    points = points_of("model=tiny", "window=4,16", "cr=8", "seed=0,1", "steps=9", "decided_by=next,delayed")
     assert {point.variant for point in points} == {
         f"decided_by={by} window={window}" for by in ("next", "delayed") for window in (4, 16)
     }
     sweep = sweep_of({"overrides": ["window=4"]}, {"overrides": ["trained=all", "window=4", "threads=1"]})
     assert [point.variant for point in expand(sweep)] == ["", "trained=all"]
+
+
+def test_families_that_share_a_ratio_are_told_apart_by_the_one_that_they_were_trained_to():
+    variants = [point.variant for point in points_of("model=tiny", "cr=4,8", "window=4,16")]
+    assert variants == ["cr=4 window=4", "cr=4 window=16", "cr=8 window=4", "cr=8 window=16"]
+    assert [point.variant for point in points_of("model=tiny", "cr=4,8", "cr_family=[]")] == ["", ""]
+    window = points_of("model=tiny", "method=streaming_llm", "trained=all", "cr=4,8")  # no family: one ratio a training
+    assert [point.variant for point in window] == ["", ""]
 
 
 def test_an_evaluation_is_a_point_in_a_folder_of_its_own():

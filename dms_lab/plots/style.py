@@ -69,6 +69,7 @@ STYLE = {
     "full": _look(INK, "s", "square", "full attention"),
     "dms": _look("#0072b2", "o", "circle", "DMS"),
     "dms_immediate": _look("#56b4e9", "v", "triangle-down", "DMS, immediate eviction", 1),
+    "dms_dialled": _look("#003f5c", "d", "diamond-tall", "DMS, dialled", 2),
     "streaming_llm_tuned": _look("#d55e00", "D", "diamond", "window, fine-tuned", 3),
     "streaming_llm": _look("#e69f00", "^", "triangle-up", "StreamingLLM", 1),
     "tova": _look("#009e73", "P", "cross", "TOVA", 2),

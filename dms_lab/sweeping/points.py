@@ -6,6 +6,7 @@ Nothing is stored of them: the same file gives the same points. Every error of e
 is submitted.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -123,13 +124,33 @@ def _check_folders(points: Sequence[Point]) -> None:
 
 
 def _with_variants(points: Sequence[Point]) -> list[Point]:
-    """The points with their `variant`: the overrides that differ within the sweep, sorted, without seed, cr and eval."""
+    """The points with their `variant`: the overrides that differ within the sweep, sorted, without seed, cr and eval.
+
+    With `cr` where families that differ in nothing else share a ratio: what was trained to 4 is not the 4 that a training
+    to 8 passed.
+    """
     given = [_variant_words(point) for point in points]
+    for one, other in itertools.combinations(range(len(points)), 2):
+        if _share_a_ratio(points[one], points[other]) and _without_cr(given[one]) == _without_cr(given[other]):
+            for index in (one, other):
+                given[index]["cr"] = f"{points[index].config.cr:g}"
     differing = {key for words in given for key in words if len({other.get(key) for other in given}) > 1}
     return [
         replace(point, variant=" ".join(f"{key}={words[key]}" for key in sorted(differing & set(words))))
         for point, words in zip(points, given, strict=True)
     ]
+
+
+def _without_cr(words: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in words.items() if key != "cr"}
+
+
+def _share_a_ratio(one: Point, other: Point) -> bool:
+    """Whether two trainings leave checkpoints that a result could not tell apart by what has a column of its own."""
+    if not one.command == other.command == "train" or one.config.cr == other.config.cr:
+        return False
+    same = all(getattr(one.config, name) == getattr(other.config, name) for name in ("seed", "method", "model"))
+    return same and bool(set(one.config.cr_family) & set(other.config.cr_family))
 
 
 def _variant_words(point: Point) -> dict[str, str]:
