@@ -240,7 +240,7 @@ def test_a_verdict_is_taken_in_as_the_next_chain_is_put_and_nobody_waits_for_ano
 
 
 def test_what_a_grader_raises_comes_out_at_leaving_and_verdicts_made_before_are_kept(grader, store):
-    open_grading = grading(grader, store, threads=2)
+    open_grading = grading(grader, store, threads=1)  # one after the other
     found = put_all(open_grading, [replace(make_sample(0), text="slow"), replace(make_sample(1), text="slow, bad")])
     grader.go.set()
     with pytest.raises(RuntimeError, match="no verdict on slow, bad"):

@@ -176,7 +176,7 @@ def test_a_cell_that_is_wrong_is_told_with_file_and_line(tmp_path, column, cell,
 
 def test_a_line_or_header_that_is_wrong_is_told_with_file_and_line(tmp_path):
     path, text = table(tmp_path)
-    path.write_text(text[:-20] + "\n")  # the last cells are cut off
+    path.write_text(text.rsplit(",", 1)[0] + "\n")  # the last cell is cut off
     with pytest.raises(ValueError, match=r"results.csv:\d+ has \d+ cells where the header has"):
         results.load(path)
     path.write_text(text + '"open')
