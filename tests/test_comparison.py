@@ -97,6 +97,18 @@ def test_text_stands_beside_the_tasks_of_its_point_or_alone():
     assert not alone["is_frontier_kv_reads"]
 
 
+def test_problems_of_another_length_are_another_curve_beside_the_same_text():
+    text = {"accuracy": None, "accuracy_low": None, "accuracy_high": None, "problem_scores": [], "kv_reads": None}
+    rows = [row(scores=[score], settings={"length": length}) for length, score in ((512, 1), (256, 0))]
+    rows.append(row(task="text", perplexity=10.0, settings={"context": 512}, **text))
+    points = comparison.curve_points(frame(*rows))
+    assert points[["tasks", "accuracy", "perplexity"]].to_numpy().tolist() == [
+        ["road of 256 tokens", 0.0, 10.0],
+        ["road of 512 tokens", 1.0, 10.0],
+    ]
+    assert points["is_frontier_kv_reads"].all()
+
+
 def test_each_width_length_ratio_and_variant_is_a_point_and_a_rule_s_budget_is_one_over_tasks():
     rows = [bench(width=w, max_tokens=most) for w in (1, 2) for most in (48, 96)]
     rows += [bench(cr=4.0), bench(variant="window=4")]

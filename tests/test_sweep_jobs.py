@@ -76,6 +76,18 @@ def test_a_job_trains_and_evaluates_once_also_where_it_was_killed_half_way(finis
     assert not (Path(point.folder) / evaluated.PART).exists()
 
 
+def test_a_row_says_what_was_asked_beside_its_ratio(finished, monkeypatch):
+    root, point, _ = finished
+    monkeypatch.chdir(root)
+    config, of_text = point.config, {"context": point.config.context, "data": "tiny"}
+    of_tasks = {"length": config.eval.length}
+    for row in rows_of(point):
+        settings = dict(row["settings"])
+        if row["method"] == "streaming_llm":
+            assert settings.pop("live_tokens") >= 8
+        assert settings == (of_text if row["task"] == "held_out_text" else of_tasks)
+
+
 def test_a_point_that_is_done_is_left_as_it_is_without_torch(finished, working_folder):
     root, point, _ = finished
     before = {path: path.stat().st_mtime_ns for path in (root / point.folder).rglob("*")}

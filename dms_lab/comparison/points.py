@@ -41,13 +41,18 @@ class MeasuredPoint:
     dial: tuple[str, float]
     width: int
     max_tokens: int | None
+    length: int | None
     answered: tuple[Row, ...]
     texts: tuple[Row, ...]
 
     @property
     def tasks(self) -> str:
-        """The tasks that its accuracy is the mean of, in order of their names; "" without any."""
-        return ", ".join(sorted({row["task"] for row in self.answered}))
+        """The tasks that its accuracy is the mean of, in order of their names; "" without any.
+
+        Those of a run's own evaluation are made at a length, and are others at another.
+        """
+        length = "" if self.length is None else f" of {self.length} tokens"
+        return ", ".join(sorted({row["task"] for row in self.answered})) + length
 
     @property
     def curve(self) -> tuple[str, str, str, str]:
@@ -69,6 +74,11 @@ class MeasuredPoint:
     def measured_cr(self) -> float:
         """The compression that was reached, mean over tasks and seeds."""
         return _mean(self.rows, "measured_cr")
+
+    @property
+    def text_cr(self) -> float:
+        """The compression that texts were measured at, which is not that of tasks; NaN without texts."""
+        return _mean(self.texts, "measured_cr")
 
     @property
     def seeds(self) -> list[int]:
@@ -141,6 +151,7 @@ class MeasuredPoint:
             "accuracy_low": low,
             "accuracy_high": high,
             "perplexity": _mean(self.texts, "perplexity"),
+            "text_cr": self.text_cr,
             "measured_cr": self.measured_cr,
             **{name: self.mean(name) for name in BUDGETS},
             "num_seeds": len(self.seeds),
@@ -153,7 +164,8 @@ def curve_points(frame: "pd.DataFrame") -> "pd.DataFrame":
 
     A rule with a budget of live tokens has `budget_tokens`, and its target CR is the mean over tasks. `max_tokens` is None
     for the tasks of a run's own evaluation. Rows of one seed that differ in nothing else count as one. `perplexity` is the
-    mean of the text rows, NaN without; a point that has nothing else has no tasks. `is_frontier_*`: no other point of its
+    mean of the text rows, at the compression `text_cr` of these texts; NaN without. A point that has nothing else has no
+    tasks. `is_frontier_*`: no other point of its
     curve (of any CR) is as accurate for no more. Intervals: `MeasuredPoint.interval`.
     """
     points = measured_points(frame)
@@ -181,14 +193,14 @@ def measured_points(frame: "pd.DataFrame") -> list[MeasuredPoint]:
     """
     if not len(frame):
         raise ValueError("there are no results to compare; load some first")
-    groups = grouped(frame.to_dict("records"), _key)
-    found = []
-    for key, rows in sorted(groups.items(), key=lambda item: _sortable(item[0])):
-        answered = sorted((row for row in rows if not is_missing(row["accuracy"])), key=_row_order)
-        texts = sorted((row for row in rows if not is_missing(row["perplexity"])), key=_row_order)
-        if answered or texts:
-            found.append(MeasuredPoint(*key, tuple(answered), tuple(texts)))
-    return found
+    rows = frame.to_dict("records")
+    answered = grouped((row for row in rows if not is_missing(row["accuracy"])), lambda row: (*_key(row), _length(row)))
+    texts = grouped((row for row in rows if not is_missing(row["perplexity"])), _key)
+    of_texts_alone = {(*key, None) for key in set(texts).difference(key[:-1] for key in answered)}
+    return [
+        MeasuredPoint(*key, _ordered(answered.get(key, ())), _ordered(texts.get(key[:-1], ())))
+        for key in sorted({*answered, *of_texts_alone}, key=_sortable)
+    ]
 
 
 def curves_of(points: Iterable[MeasuredPoint], budget: str, by_dial: bool = False) -> dict[tuple, list[MeasuredPoint]]:
@@ -221,8 +233,17 @@ def _key(row: Row) -> tuple:
     return row["model"], row["method"], row["variant"], dial, int(row["width"]), max_tokens
 
 
+def _length(row: Row) -> int | None:
+    """The length that a run's own evaluation makes its tasks' problems of; a benchmark names its own in the task."""
+    return row["settings"].get("length")
+
+
 def _sortable(key: tuple) -> tuple:
-    return (*key[:-1], -1 if key[-1] is None else key[-1])
+    return (*key[:-2], *(-1 if part is None else part for part in key[-2:]))
+
+
+def _ordered(rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=_row_order))
 
 
 def _row_order(row: Row) -> tuple:

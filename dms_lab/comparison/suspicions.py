@@ -16,7 +16,8 @@ MANY_TRUNCATED = 0.2
 FAR_OFF = 0.2
 _KEEP_EVERYTHING = ("full", "quest")  # they drop nothing, so their measured ratio is 1 whatever was asked for
 _SHARED_RUNS = ("full", *RIVALS)  # measured beside every run: that there are several says nothing
-_OWN_SETTINGS = ("budget", "dialled_from", "threshold")  # what a method was set to, not how it was asked
+# What a method was set to, not how it was asked; and the length of problems, which makes another curve.
+_OWN_SETTINGS = ("budget", "live_tokens", "dialled_from", "threshold", "length")
 
 
 def warnings_of(frame: "pd.DataFrame") -> list[str]:

@@ -76,6 +76,7 @@ def subject_of(config: TrainConfig, folder: Path, checkpoints: dict[tuple[str, f
         settings=config.eval,
         held_out=held_out_documents(config, models.load_tokenizer(config.model), config.eval.held_out_tokens),
         knows_tasks=config.data.kind == "tiny",
+        text={"context": config.context, "data": config.data.path or config.data.kind},
     )
 
 

@@ -5,10 +5,10 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -40,6 +40,7 @@ class Subject:
     settings: EvalConfig
     held_out: list[Document]
     knows_tasks: bool
+    text: dict[str, Any] = field(default_factory=dict)  # what the held-out text is: its data, the length of its documents
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,22 @@ def measure(subject: Subject, job: Job) -> tuple[list[Result], float]:
                 for family in tasks.FAMILIES
             }
             found, live = hard.evaluate_tasks(handle, make_policy, tokenizer, problems, label, settings.batch_size)
+            found = [replace(result, settings={"length": settings.length}) for result in found]
         if subject.held_out:
             text = (handle, make_policy, subject.held_out, label, "held_out_text", settings.batch_size)
-            found.append(hard.evaluate_perplexity(*text))
-        if job.calibration:
-            moved = handle.config.offset - read_metadata(job.checkpoint).policy["offset"]
-            dialled = {"dialled_from": str(job.checkpoint), "threshold": moved}
-            found = [replace(result, settings=result.settings | dialled) for result in found]
-    return found, live
+            found.append(replace(hard.evaluate_perplexity(*text), settings=subject.text))
+        asked = _asked(job, handle)
+    return [replace(result, settings=result.settings | asked) for result in found], live
+
+
+def _asked(job: Job, handle: Retrofit) -> dict[str, Any]:
+    """What decided a job's results beside its method, ratio and data."""
+    if job.budget is not None:
+        return {"live_tokens": job.budget}
+    if job.calibration:
+        moved = handle.config.offset - read_metadata(job.checkpoint).policy["offset"]
+        return {"dialled_from": str(job.checkpoint), "threshold": moved}
+    return {}
 
 
 _base = functools.lru_cache(maxsize=1)(models.load_base)
