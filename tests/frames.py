@@ -41,6 +41,7 @@ def points(model="qwen_r1_1_5b", methods=METHODS, widths=(1, 2, 4, 8)):
                     "accuracy_low": height - 0.04,
                     "accuracy_high": min(1.0, height + 0.04),
                     "perplexity": None,
+                    "text_cr": None,
                     "measured_cr": 0.98 * cr,
                     "kv_reads": 12000.0 * width / cr,
                     "peak_tokens": 500.0 * width / cr,

@@ -109,6 +109,15 @@ def test_problems_of_another_length_are_another_curve_beside_the_same_text():
     assert points["is_frontier_kv_reads"].all()
 
 
+def test_beside_a_perplexity_stands_what_the_text_was_compressed_to_and_not_the_tasks():
+    text = {"task": "held_out", "accuracy": None, "perplexity": 12.0, "problem_scores": [], "kv_reads": None}
+    rows = [row(measured_cr=7.9), *(row(seed=seed, measured_cr=cr, **text) for seed, cr in ((0, 3.0), (1, 4.0)))]
+    (found,) = comparison.curve_points(frame(*rows)).to_dict("records")
+    assert (found["measured_cr"], found["text_cr"]) == (7.9, 3.5)
+    (without,) = comparison.curve_points(frame(row())).to_dict("records")
+    assert math.isnan(without["text_cr"])
+
+
 def test_each_width_length_ratio_and_variant_is_a_point_and_a_rule_s_budget_is_one_over_tasks():
     rows = [bench(width=w, max_tokens=most) for w in (1, 2) for most in (48, 96)]
     rows += [bench(cr=4.0), bench(variant="window=4")]

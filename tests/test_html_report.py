@@ -266,6 +266,14 @@ def test_empty_columns_are_left_out_and_rows_go_by_method_and_variant():
     assert "accuracy" in shown.numeric
 
 
+def test_the_table_of_points_has_the_text_s_own_ratio_beside_its_perplexity():
+    points = frames.points(methods=[("dms", "", 8.0, 0.5)], widths=(1,)).assign(perplexity=12.0, text_cr=3.4)
+    shown = tables.points_table(points)
+    place = shown.columns.index("perplexity")
+    assert shown.columns[place + 1] == "at text CR"
+    assert [cell.text for cell in shown.rows[0][place : place + 2]] == ["12.00", "3.40"]
+
+
 def test_the_terminal_s_table_has_the_same_cells_and_no_markup():
     from rich.console import Console
 

@@ -24,6 +24,17 @@ def test_figures_and_table_are_made(tmp_path):
     assert "12.00" in text
 
 
+def test_a_text_s_perplexity_has_the_text_s_own_ratio_beside_it():
+    import pandas as pd
+
+    *answered, text = some_results()
+    frame = pd.DataFrame([vars(r) for r in (*answered, dataclasses.replace(text, measured_cr=3.4))])
+    table = plots.summary_table(frame)
+    columns = {column.header: list(column.cells) for column in table.columns}
+    assert columns["measured"] == ["7.90", "7.90"]
+    assert columns["at text CR"] == ["", "3.40"]
+
+
 def a_point(method, width, max_tokens, accuracy, kv_reads, task="dms_aime24", **changes):
     metrics = {"avg": [accuracy - 0.125, 0.0, 1.0], "maj": [accuracy, 0.0, 1.0], "pass_at_k": [accuracy + 0.125, 0.0, 1.0]}
     values = {

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 MOST_MAPS = 8  # retention maps in a report; the runs' own files have the rest
 _READING = [
     "CR: the target, full / kept at the training length; measured: logical tokens / live slots at the end of the request, "
-    "prompt and window included. W chains answer a problem together, of at most L tokens each; costs are of all W.",
+    "prompt and window included, of tasks; texts are compressed by another ratio, which stands beside their perplexity (at "
+    "text CR). W chains answer a problem together, of at most L tokens each; costs are of all W.",
     "KV reads: live slots attended to, summed over decode steps, mean over layers and KV heads. Peak: the most live slots "
     "at any step. MiB: what was allocated for keys, values, tables and metadata at the peak.",
     "A line joins the points of one method and variant that no cheaper point of it beats (in the table, r: by KV reads, p: "

@@ -107,6 +107,7 @@ def points_table(points: "pd.DataFrame", caption: str = "Points, in percent with
                 "L": number(row["max_tokens"]),
                 "accuracy": percent(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
                 "perplexity": number(row["perplexity"], 2),
+                "at text CR": number(row["text_cr"], 2),
                 "KV reads": number(row["kv_reads"]),
                 "peak": number(row["peak_tokens"]),
                 "MiB": mebibytes(row["kv_bytes_peak"]),

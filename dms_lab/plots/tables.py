@@ -12,21 +12,26 @@ if TYPE_CHECKING:
 
 
 def summary_table(frame: "pd.DataFrame") -> "Table":
-    """The comparison as a table for the terminal: accuracy per task in percent, their mean, and the cost."""
+    """The comparison as a table for the terminal: accuracy per task in percent, their mean, and the cost.
+
+    A text's perplexity has the ratio that this text was compressed to beside it: that of tasks is another.
+    """
     from rich.table import Table
 
     tasks = [t for t in frame["task"].unique() if frame[frame["task"] == t]["accuracy"].notna().any()]
     texts = [t for t in frame["task"].unique() if frame[frame["task"] == t]["perplexity"].notna().any()]
     means = mean_over_tasks(frame)
     table = Table(title="Exact match in percent, 95 % interval of the mean in brackets")
-    for name in ("method", "CR", "measured", *tasks, "mean", *("ppl" for _ in texts), "KV reads", "peak"):
+    for name in ("method", "CR", "measured", *tasks, "mean", *["ppl", "at text CR"] * len(texts), "KV reads", "peak"):
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     groups = sorted(frame.groupby(["method", "target_cr"]), key=lambda g: (g[0][1], sorting_key(g[0][0])))
     for (method, cr), rows in groups:
         by_task = {task: part for task, part in rows.groupby("task")}
         cells = [f"{100 * by_task[t]['accuracy'].mean():.1f}" if t in by_task else "" for t in tasks]
         answered = rows[rows["accuracy"].notna()]
-        ppl = [f"{by_task[t]['perplexity'].mean():.2f}" if t in by_task else "" for t in texts]
+        ppl = [
+            f"{by_task[t][name].mean():.2f}" if t in by_task else "" for t in texts for name in ("perplexity", "measured_cr")
+        ]
         held = (answered if len(answered) else rows)["measured_cr"].mean()
         cost = [f"{answered[c].mean():.0f}" if len(answered) else "" for c in TOKEN_BUDGETS]
         mean = means[(means["method"] == method) & (means["target_cr"] == cr)] if len(means) else means
