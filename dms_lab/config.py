@@ -6,15 +6,12 @@ Nulls stand for "the model's default". Every error is raised here, before anythi
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import math
-import re
-import types
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
+
+from dms_lab.typed_config import build, typed
 
 CHOICES = {
     "method": ("dms", "streaming_llm"),
@@ -136,12 +133,10 @@ class TrainConfig:
 # These change where a run goes or how it is watched, not what comes out of it.
 _NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval", "sweep"}
 _NOT_HASHED |= {"devices", "num_nodes", "strategy"}
-_FREE = ("cluster.sizes.", "cluster.size_of.", "cluster.additional_parameters.")  # what they hold, nobody can list
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
-_KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
 
 
-# -- keys and types ----------------------------------------------------------------------------------------------------
+# -- keys ----------------------------------------------------------------------------------------------------------------
 def valid_keys() -> tuple[str, ...]:
     """Every key of a training command line: top-level ones, then `group.key`."""
     top = {f.name for f in dataclasses.fields(TrainConfig)} | {"steps_per_cr", "experiment", "search", "cluster"}
@@ -154,61 +149,6 @@ def cluster_keys() -> tuple[str, ...]:
     from dms_lab.sweep_config import Resources
 
     return tuple(f"cluster.{f.name}" for f in dataclasses.fields(Resources))
-
-
-def check_overrides(overrides: Sequence[str], known: Sequence[str]) -> None:
-    """Raises `ValueError` for the first `key=value` whose key is not `known`, with the nearest name and the valid ones.
-
-    For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. Flags and the `hydra`
-    group are left to Hydra, and the members of `cluster.sizes` and the like. Of a key of a group, the group's are listed.
-    """
-    for word in overrides:
-        key = word.lstrip("+~").partition("=")[0].partition("@")[0]
-        if word.startswith("-") or "=" not in word or key in known or re.split("[./]", key)[0] == "hydra":
-            continue
-        if "cluster" in known and key.startswith(_FREE):
-            continue
-        group = [name for name in known if "." in key and name.startswith(key.partition(".")[0] + ".")]
-        raise ValueError(_unknown(key, group or known))
-
-
-def _unknown(key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"unknown key {key!r}{hint}; the valid keys are {', '.join(known)}"
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """`value` as `hint` wants it: whole floats become ints, ints become floats, lists become tuples; else `ValueError`."""
-    if get_origin(hint) is types.UnionType:
-        return None if value is None else _typed(key, value, get_args(hint)[0])
-    if get_origin(hint) is tuple:
-        inner, *others = get_args(hint)
-        if not isinstance(value, list | tuple) or (others != [...] and len(value) != 1 + len(others)):
-            size = "" if others == [...] else f" of {1 + len(others)}"
-            raise ValueError(f"{key}={value!r} must be a list{size}, e.g. {key}=[...]; each member {_KINDS[inner]}")
-        return tuple(_typed(key, member, inner) for member in value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is float and is_number:
-        return float(value)
-    if hint is int and is_number and value == int(value):
-        return int(value)
-    if hint in (bool, str) and isinstance(value, hint):
-        return value
-    raise ValueError(f"{key}={value!r} must be {_KINDS[hint]}")
-
-
-def build(schema: type, values: dict[str, Any], where: str) -> Any:
-    """`schema` from plain values of the right types; unknown and missing keys are refused by name."""
-    fields = {f.name: f for f in dataclasses.fields(schema)}
-    for name in sorted(set(values) - set(fields)):
-        raise ValueError(_unknown(where + name, [where + known for known in sorted(fields)]))
-    for name, f in fields.items():
-        if name not in values and f.default is dataclasses.MISSING:
-            raise ValueError(f"missing key {where + name!r}")
-    hints = get_type_hints(schema)
-    built = {name: values[name] if name in _GROUPS else _typed(where + name, values[name], hints[name]) for name in values}
-    return schema(**built)
 
 
 # -- from a composed configuration to a complete one -------------------------------------------------------------------
@@ -230,8 +170,8 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     for name in ("window", "lr", "adapter_lr", "batch_size", "context"):
         if values.get(name) is None:
             values[name] = getattr(groups["model"], name)
-    cr, ramp = (_typed(name, values.get(name), float) for name in ("cr", "ramp"))
-    steps_per_cr = _typed("steps_per_cr", values.pop("steps_per_cr"), float)
+    cr, ramp = (typed(name, values.get(name), float) for name in ("cr", "ramp"))
+    steps_per_cr = typed("steps_per_cr", values.pop("steps_per_cr"), float)
     if cr < 1:
         raise ValueError(f"cr={cr:g} is not a compression ratio; it is full / kept, so use 1 or more, e.g. 8")
     if not 0 < ramp <= 1:
@@ -239,9 +179,9 @@ def resolve(cfg: dict[str, Any]) -> TrainConfig:
     if steps_per_cr <= 0:
         raise ValueError(f"steps_per_cr={steps_per_cr:g} must be above 0; the paper takes 100, the reference 34")
     if values.get("steps") is None:
-        zeroing = _typed("neuron_zeroing_steps", values.get("neuron_zeroing_steps"), int)
+        zeroing = typed("neuron_zeroing_steps", values.get("neuron_zeroing_steps"), int)
         values["steps"] = max(1, zeroing + round(steps_per_cr * (cr - 1) / ramp))
-    family = _typed("cr_family", values["cr_family"], tuple[float, ...])
+    family = typed("cr_family", values["cr_family"], tuple[float, ...])
     if any(member < 1 for member in family):
         raise ValueError(f"cr_family={list(family)} holds a member below 1; each is a compression ratio, full / kept")
     if values.get("method") == "streaming_llm":  # its window is that of `cr`, whatever the schedule passes on the way

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from dms_lab.config import CHOICES, ModelConfig, build, cluster_keys
+from dms_lab.config import CHOICES, ModelConfig, cluster_keys
 from dms_lab.generation_config import base_config, check_subject
+from dms_lab.typed_config import build
 
 SANDBOXES = ("bubblewrap", "none")
 _CHOICES = {

@@ -4,7 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dms_lab.config import RIVALS, ModelConfig, build
+from dms_lab.config import RIVALS, ModelConfig
+from dms_lab.typed_config import build
 
 POLICIES = ("full", *RIVALS)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dms_lab.config import build
+from dms_lab.typed_config import build
 
 COMMANDS = ("train", "evaluate")
 CLUSTERS = ("local", "slurm")
@@ -144,8 +144,8 @@ def build_sweep(values: dict[str, Any], name: str, folder: Path) -> SweepConfig:
 
 
 def _build(schema: type, values: dict[str, Any], where: str, also: Sequence[str] = ()) -> Any:
-    """`config.build` whose error names the members `also` as well."""
-    from dms_lab.config import check_overrides
+    """`typed_config.build` whose error names the members `also` as well."""
+    from dms_lab.typed_config import check_overrides
 
     known = [where + f.name for f in dataclasses.fields(schema)] + [where + name for name in also]
     check_overrides([f"{where}{key}=" for key in values], sorted(known))
@@ -220,7 +220,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     """The values of a file with `cluster=`, `workers=` and `resources.<key>=` of a command line put in."""
     from omegaconf import OmegaConf
 
-    from dms_lab.config import check_overrides
+    from dms_lab.typed_config import check_overrides
 
     for word in overrides:
         if "=" not in word:

@@ -68,8 +68,9 @@ def command_line(entry: Callable[[], None], keys: Sequence[str] | None = None) -
 
     `keys` are the command's own; None: those of training.
     """
-    from dms_lab.config import check_overrides, valid_keys
+    from dms_lab.config import valid_keys
     from dms_lab.multirun import Multirun, check_words
+    from dms_lab.typed_config import check_overrides
 
     try:
         check_overrides(sys.argv[1:], valid_keys() if keys is None else keys)

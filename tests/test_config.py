@@ -10,7 +10,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from dms_lab import config as configuration
-from dms_lab.config import check_overrides, config_hash, resolve, run_folder, valid_keys
+from dms_lab.config import config_hash, resolve, run_folder, valid_keys
+from dms_lab.typed_config import check_overrides
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"

@@ -11,6 +11,7 @@ LAYERS = [
         "accounting",
         "pareto",
         "config",
+        "typed_config",
         "generation_config",
         "evaluation_config",
         "sweep_config",

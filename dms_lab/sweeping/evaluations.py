@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dms_lab.config import check_overrides
 from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, ratios, resolve_evaluate
 from dms_lab.sweeping.composition import Composer
+from dms_lab.typed_config import check_overrides
 
 OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points together
 # These change where results go, how they are computed or watched, not what comes out.

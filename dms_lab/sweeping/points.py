@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dms_lab.config import TrainConfig, check_overrides, config_hash, resolve, run_folder, valid_keys
+from dms_lab.config import TrainConfig, config_hash, resolve, run_folder, valid_keys
 from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, with_lists
 from dms_lab.sweep_config import Part, SweepConfig
 from dms_lab.sweeping.composition import Composer
 from dms_lab.sweeping.evaluations import OF_ALL, Evaluation, check_words, evaluation_of
+from dms_lab.typed_config import check_overrides
 
 # Overrides that a variant is not named by: the first have a column of their own in the results, the rest decide nothing.
 _NOT_A_VARIANT = {"model", "method", "cr", "seed", "eval", "out", "tracking", "threads", "log_every", "resume", "sweep"}
