@@ -185,6 +185,7 @@ def run_point(cfg: DictConfig, other: Callable[[DictConfig], None] | None = None
 
 
 def _complete(command: str, words: Sequence[str], name: str | None, is_searched: bool) -> tuple[float, ...] | None:
+    from dms_lab.sweep_config import Resources
     from dms_lab.sweeping.asked import sweep_of
     from dms_lab.sweeping.job import job_of
     from dms_lab.sweeping.objectives import objectives
@@ -192,7 +193,8 @@ def _complete(command: str, words: Sequence[str], name: str | None, is_searched:
 
     [point] = expand(sweep_of(command, words, name))
     point = replace(point, composed=point.composed | {"sweep": name})  # which has no name, if it was given none
-    job_of(point, Path())()
+    launcher = HydraConfig.get().launcher  # of Slurm, or of this process, which nobody tells of its end
+    job_of(point, Path(), launcher.get("signal_delay_s", Resources.signal_delay_s))()
     return objectives(point.config, Path(point.folder)) if is_searched else None
 
 

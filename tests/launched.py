@@ -1,6 +1,7 @@
 """What the processes of test_distributed.py run: ``python launched.py plan.pickle``, one training after another.
 
-Each leaves `plan.<rank>.json`: what it saw of each training.
+Each leaves `plan.<rank>.json`: what it saw of each training. A signal of a plan is (rank, step, number), and how many
+seconds before the end of its job it comes, if that matters.
 """
 
 import json
@@ -48,6 +49,7 @@ def main(plan):
     torch.set_num_threads(1)
     found = []
     for configs, signalled in pickle.loads(plan.read_bytes()):
+        signalled, late = signalled and signalled[:3], signalled and signalled[3:]
         seen = {"handled": None}
         config = configs[RANK % len(configs)]
 
@@ -57,7 +59,7 @@ def main(plan):
         signal.signal(signal.SIGUSR2, handler)
         run.GracefulStop = stop_that_notes(seen, signalled)
         try:
-            outcome = run.train(config, progress=False)
+            outcome = run.train(config, progress=False, **({"notice_seconds": late[0]} if late else {}))
             seen |= {name: getattr(outcome, name) for name in ("finished", "stopped_by", "is_first")}
         except ValueError as error:
             seen["error"] = str(error)

@@ -191,6 +191,7 @@ def stopped(complete_config, tmp_path_factory):
         "shrinks": (config("shrinks", trained="all"), (0, 3, signal.SIGINT)),
         "grows": (config("grows", **cut), None),
         "requeued": (config("requeued"), (1, 2, signal.SIGUSR2)),
+        "hurried": (config("hurried"), (1, 0, signal.SIGUSR2, 0.0)),
         "rows": (text, None),
         "weights": ([config("absent"), config("absent", model=absent)], None),
     }
@@ -227,6 +228,14 @@ def test_the_signal_that_requeues_a_job_is_handed_on_when_all_is_saved(stopped):
     for seen in stopped[2]["requeued"]:
         assert (seen["finished"], seen["stopped_by"], seen["ended_at"], seen["handled"]) == (False, "SIGUSR2", 3, True)
     assert [seen["handled"] for seen in stopped[2]["stopped"]] == [None, None]
+
+
+def test_a_step_that_cannot_end_in_time_is_left_by_both_after_one_micro_batch(stopped):
+    folder, _, both, _ = stopped
+    for seen in both["hurried"]:
+        assert (seen["finished"], seen["stopped_by"], seen["ended_at"]) == (False, "SIGUSR2", 0)
+        assert seen["handled"] is False  # called, with nothing saved
+    assert not (folder / "hurried" / "last.ckpt").exists()
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_a_signal_ends_the_whole_sweep(small, called, monkeypatch):
 
     trained = []
 
-    def stopped(config, progress=True):
+    def stopped(config, progress=True, notice_seconds=0.0):
         trained.append(config.seed)
         return Outcome(Path("runs"), False, "SIGINT")
 
@@ -313,6 +313,7 @@ def test_the_command_line_comes_before_the_sizes(submitted):
     assert (options["time"], options["partition"], options["constraint"]) == ("90", "a100", "big")
     assert (options["mem"], options["cpus-per-task"]) == ("7GB", "3")
     same = ["cluster.timeout_min=60", "cluster.mem_gb=8", "cluster.cpus_per_task=2", "cluster.gpus_per_node=1"]
+    same += ["cluster.signal_delay_s=120"]
     options, _, _ = submitted("model=tiny,qwen3_8b", *same)
     assert (options["time"], options["mem"]) == ("60", "8GB")
 

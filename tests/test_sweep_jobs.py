@@ -136,7 +136,7 @@ def test_what_stops_a_training_fails_the_job_and_the_evaluation_waits(working_fo
     from dms_lab.training import run
 
     point = one_point(*random_model(base_folder))
-    monkeypatch.setattr(run, "train", lambda config, progress: run.Outcome(Path(point.folder), False, "SIGTERM"))
+    monkeypatch.setattr(run, "train", lambda config, **_: run.Outcome(Path(point.folder), False, "SIGTERM"))
     with pytest.raises(steps.StoppedError, match="stopped by SIGTERM; the next job for runs/hf-cr4"):
         job_of(point, working_folder)()
     assert not (Path(point.folder) / "results.jsonl").exists()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,43 @@ def test_the_neuron_fades_first_and_evicts_afterwards(make_config):
     assert rows[-1]["cr_soft"] > 1
 
 
+@pytest.mark.parametrize(("notice_seconds", "saved_at"), [(600.0, 4), (0.5, 3)])
+def test_a_step_is_ended_before_a_job_is_handed_over_only_where_the_time_suffices(
+    make_config, tmp_path, monkeypatch, notice_seconds, saved_at
+):
+    config = make_config(out=str(tmp_path / "cut"), accumulate=4)
+    whole = train(make_config(out=str(tmp_path / "whole"), accumulate=4), progress=False)
+    micro_batches = []
+
+    class Slow(GracefulStop):
+        """Steps of a second; the signal comes in the second micro-batch of the fourth."""
+
+        def __init__(self, folder, **options):
+            super().__init__(folder, every=1, **options)
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            micro_batches.append((trainer.global_step, batch_idx % 4))
+            time.sleep(0.25)
+            if micro_batches[-1] == (3, 1):
+                os.kill(os.getpid(), signal.SIGUSR2)
+
+    handed_over = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: handed_over.append(micro_batches[-1]))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "GracefulStop", Slow)
+            patch.setattr("dms_lab.training.stopping._LONG_STEP_SECONDS", 0.5)
+            first = train(config, progress=False, notice_seconds=notice_seconds)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (first.finished, first.stopped_by) == (False, "SIGUSR2")
+    assert handed_over == [(3, 3) if saved_at == 4 else (3, 1)]
+    assert torch.load(first.folder / "last.ckpt", weights_only=False)["global_step"] == saved_at
+    second = train(config, progress=False)
+    assert second.finished
+    assert_same(weights(second), weights(whole))
+
+
 def test_training_raises_the_evicted_share_towards_the_target(make_config):
     outcome = train(make_config(steps=40, cr=3.0, cr_family=(3.0,), ramp=0.5, log_every=40), progress=False)
     row = json.loads((outcome.folder / "metrics.jsonl").read_text())
@@ -203,8 +241,8 @@ def test_lines_of_steps_that_come_again_are_dropped_on_resuming(make_config, mon
                 raise KeyboardInterrupt
 
     class Kept(Killed):
-        def __init__(self, folder):
-            super().__init__(folder, every=3)
+        def __init__(self, folder, **options):
+            super().__init__(folder, every=3, **options)
 
     config = make_config(out=str(whole.parent / "killed"), log_every=1)
     with monkeypatch.context() as patch:

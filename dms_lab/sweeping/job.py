@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_lab.config import TrainConfig, config_hash, resolve
+from dms_lab.sweep_config import Resources
 from dms_lab.sweeping.evaluations import evaluation_hash, resolve_evaluation
 from dms_lab.sweeping.points import Point
 from dms_lab.sweeping.steps import OwnEvaluation, Step, StoppedError, Training, evaluation_step
@@ -31,7 +32,8 @@ _PATIENCE_SECONDS = 60.0
 class PointJob:
     """A callable that completes one point. All of it is plain, so that it is pickled by a few kilobytes.
 
-    `root` is the folder that runs are relative to; `composed` and `then` are configurations before they are resolved.
+    `root` is the folder that runs are relative to; `composed` and `then` are configurations before they are resolved;
+    `notice_seconds` is how long before its end the job is told of it.
     """
 
     root: str
@@ -39,6 +41,7 @@ class PointJob:
     hash: str
     composed: dict[str, Any]
     then: tuple[dict[str, Any], ...] = ()
+    notice_seconds: float = Resources.signal_delay_s
 
     def __call__(self) -> None:
         """Trains and evaluates what is missing; raises whatever goes wrong, so that the job fails in Slurm too."""
@@ -77,7 +80,7 @@ class PointJob:
         config = resolve(self.composed)
         own = [OwnEvaluation(config)] if config.eval_after else []
         then = [evaluation_step(resolve_evaluation(composed), config) for composed in self.then]
-        return [Training(config), *own, *then]
+        return [Training(config, self.notice_seconds), *own, *then]
 
     def check(self) -> None:
         """Raises `ValueError` if the code makes another point of the configuration than when it was submitted."""
@@ -90,10 +93,10 @@ class PointJob:
             )
 
 
-def job_of(point: Point, root: Path) -> PointJob:
-    """The job that completes a point of a sweep whose folders lie below `root`."""
+def job_of(point: Point, root: Path, notice_seconds: float = Resources.signal_delay_s) -> PointJob:
+    """The job that completes a point of a sweep whose folders lie below `root`, and is told of its end so long before."""
     then = tuple(evaluation.composed for evaluation in point.then)
-    return PointJob(str(root.absolute()), point.command, point.hash, point.composed, then)
+    return PointJob(str(root.absolute()), point.command, point.hash, point.composed, then, notice_seconds)
 
 
 def _rank() -> int:

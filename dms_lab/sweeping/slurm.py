@@ -38,7 +38,7 @@ def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
         executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=resources.max_num_timeout)
         executor.update_parameters(**slurm_parameters(members[0], resources, job_name(sweep)))
         try:
-            jobs = _submit_array(executor, members)
+            jobs = _submit_array(executor, members, resources.signal_delay_s)
         except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
             raise ValueError(f"Slurm took no job: {error}") from error
         noted = [
@@ -50,8 +50,8 @@ def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
     return submitted
 
 
-def _submit_array(executor, points: Sequence[Point]) -> list:
-    jobs = [job_of(point, Path.cwd()) for point in points]
+def _submit_array(executor, points: Sequence[Point], notice_seconds: float) -> list:
+    jobs = [job_of(point, Path.cwd(), notice_seconds) for point in points]
     if len(jobs) == 1:
         return [executor.submit(jobs[0])]
     with executor.batch():

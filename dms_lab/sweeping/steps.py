@@ -17,6 +17,7 @@ from dms_lab.evaluation.evaluated import (
     record,
 )
 from dms_lab.evaluation_config import EvaluateConfig
+from dms_lab.sweep_config import Resources
 from dms_lab.sweeping.evaluations import DialConfig, evaluation_hash
 
 DONE = "done.json"  # as `training.run` writes it
@@ -30,9 +31,10 @@ class StoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Training:
-    """The training of a point."""
+    """The training of a point; `notice_seconds` lie between SIGUSR2 and the end of its job."""
 
     config: TrainConfig
+    notice_seconds: float = Resources.signal_delay_s
 
     @property
     def folder(self) -> Path:
@@ -51,7 +53,7 @@ class Training:
         models.resolve_path(self.config.model.path)
         from dms_lab.training.run import train
 
-        outcome = train(self.config, progress=False)
+        outcome = train(self.config, progress=False, notice_seconds=self.notice_seconds)
         if not outcome.finished:
             raise StoppedError(f"stopped by {outcome.stopped_by}; the next job for {outcome.folder} goes on from there")
 

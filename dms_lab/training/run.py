@@ -25,7 +25,7 @@ from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, Progress
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
 from dms_lab.training.distributed import World, agree, check_same, find_world, gather, in_turn, joined
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
-from dms_lab.training.stopping import LAST, GracefulStop
+from dms_lab.training.stopping import LAST, NOTICE_SECONDS, GracefulStop
 from dms_lab.training.strategy import build_trainer, make_mesh, shard
 
 _log = logging.getLogger(__name__)
@@ -120,17 +120,17 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def train(config: TrainConfig, progress: bool = True) -> Outcome:
+def train(config: TrainConfig, progress: bool = True, notice_seconds: float = NOTICE_SECONDS) -> Outcome:
     """Trains, or goes on where an earlier run of the same configuration stopped; a finished run returns at once.
 
     Of several processes all call it; when it returns they have parted. Raises `ValueError`, in all of them, if they are
     not those that the configuration asks for, or if the folder holds a run of another configuration and `resume=false`
     does not say to replace it. After SIGUSR2, the handler that stood before is called last of all (submitit's requeues
-    the job and ends the process).
+    the job and ends the process), at the latest at the end of a micro-batch `notice_seconds` later.
     """
     world = find_world(config)
     folder = Path(run_folder(config))
-    stop = GracefulStop(folder)
+    stop = GracefulStop(folder, notice_seconds=notice_seconds)
     with joined(world):
         outcome = _train(config, world, folder, stop, progress and world.is_first)
     stop.hand_over()
