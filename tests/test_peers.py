@@ -116,8 +116,12 @@ def test_a_line_is_a_result_with_live_fields_beside_it(peer, monkeypatch, tmp_pa
         answered(lines, r, task, right) for r, task, right in zip(REQUESTS, ("road", "ledger"), (True, None), strict=True)
     ]
     path = tmp_path / "results.jsonl"
-    lines.append(path, lines.result_lines(lines.Label("tiny", "kvpress/TOVAPress", 4.0, 0, "abc"), answers))
+    prompts = peer("run").Prompt([1], length=512), peer("run").Prompt([2], length=512)
+    asked = peer("run").asked(list(prompts), 60)
+    lines.append(path, lines.result_lines(lines.Label("tiny", "kvpress/TOVAPress", 4.0, 0, "abc", asked), answers))
     frame = results.load(path)
+    assert list(frame["settings"]) == [{"length": 512, "live_tokens": 60}] * 2
+    assert [list(scores) for scores in frame["problem_scores"]] == [[1.0], []]
     assert list(frame["task"]) == ["road", "ledger"]
     assert frame["accuracy"][0] == 1.0
     assert frame["accuracy"].isna()[1]

@@ -14,11 +14,11 @@ import os
 import platform
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 PACKAGES = ("torch", "transformers", "kvpress")
 
 
@@ -50,13 +50,17 @@ class Answered:
 
 @dataclass(frozen=True)
 class Label:
-    """What stands in every line of one run. Without a `target_cr`, the measured one takes its place."""
+    """What stands in every line of one run. Without a `target_cr`, the measured one takes its place.
+
+    `settings` say what else was asked: the length of the problems, the tokens that a press had to keep.
+    """
 
     model: str
     method: str
     target_cr: float | None
     seed: int
     config_hash: str
+    settings: dict = field(default_factory=dict)
 
 
 def usage(answers: Sequence[Answered]) -> dict:
@@ -103,6 +107,16 @@ def _result(label: Label, task: str, answers: list[Answered]) -> dict:
         **costs,
         "seconds": sum(a.seconds for a in answers),
         "config_hash": label.config_hash,
+        "width": 1,
+        "max_tokens": None,
+        "headline": "exact_match",
+        "metrics": {},
+        "truncation_rate": None,
+        "num_samples": None,
+        "sampling_seeds": [],
+        "settings": label.settings,
+        "problem_scores": [float(right) for right in judged] if len(judged) == len(answers) else [],
+        "variant": "",
         "versions": versions(),
         "git_revision": git_revision(),
         "schema_version": SCHEMA_VERSION,

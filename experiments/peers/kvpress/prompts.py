@@ -18,11 +18,18 @@ from dms_lab.tiny.tokenizer import END_THINK
 
 
 def rows(families: list[str], count: int, length: int, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict]:
-    """One object a problem: id, task, token ids of the prompt, the answer, and the mark that it stands behind."""
+    """One object a problem: id, task and length, token ids of the prompt, the answer, the mark that it stands behind."""
     for family in families:
         for index, problem in enumerate(hard.make_problems(family, count, length, seed)):
             ids = corpus.encode_prompt(problem, tokenizer)
-            yield {"id": f"{family}-{index}", "task": family, "ids": ids, "answer": problem.answer, "after": END_THINK}
+            yield {
+                "id": f"{family}-{index}",
+                "task": family,
+                "length": length,
+                "ids": ids,
+                "answer": problem.answer,
+                "after": END_THINK,
+            }
 
 
 def main() -> None:

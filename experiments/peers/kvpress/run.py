@@ -18,12 +18,13 @@ import lines
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request: token ids and, if it can be judged, the answer and the mark before it."""
+    """One request: token ids, the answer and the mark before it if it can be judged, the length that it was made at."""
 
     ids: list[int]
     task: str = "prompts"
     answer: str | None = None
     after: str | None = None
+    length: int | None = None
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -33,7 +34,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         row = json.loads(line)
         if not row.get("ids"):
             raise ValueError(f'{path}:{number} has no token ids: a prompt is {{"ids": [token, ...]}} with at least one')
-        found.append(Prompt(**{key: row[key] for key in ("ids", "task", "answer", "after") if key in row}))
+        found.append(Prompt(**{key: row[key] for key in ("ids", "task", "answer", "after", "length") if key in row}))
     if not found:
         raise ValueError(f"{path} has no prompts: write some with prompts.py")
     return found
@@ -108,12 +109,20 @@ def main(words: list[str] | None = None) -> None:
     }
     target = 1.0 if spec.press == presses.NONE else spec.cr
     name = args.name or args.model.resolve().name
-    rows = lines.result_lines(lines.Label(name, spec.method, target, args.seed, lines.config_hash(values)), answers)
+    label = lines.Label(name, spec.method, target, args.seed, lines.config_hash(values), asked(prompts, args.budget))
+    rows = lines.result_lines(label, answers)
     if args.out:
         lines.append(args.out, rows)
     for row in rows:
         print(describe(row), file=sys.stderr)
     print(json.dumps(summary(spec.method, answers, passes, args)))
+
+
+def asked(prompts: list[Prompt], budget: int | None) -> dict:
+    """What decided the answers beside the press and its ratio, by the names of dms_lab's results."""
+    lengths = {prompt.length for prompt in prompts}
+    found = {"length": lengths.pop() if len(lengths) == 1 else None, "live_tokens": budget}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def load(args: argparse.Namespace):
