@@ -40,6 +40,7 @@ def points(model="qwen_r1_1_5b", methods=METHODS, widths=(1, 2, 4, 8)):
                     "accuracy": height,
                     "accuracy_low": height - 0.04,
                     "accuracy_high": min(1.0, height + 0.04),
+                    "interval_over": "seeds and problems",
                     "perplexity": None,
                     "text_cr": None,
                     "measured_cr": 0.98 * cr,

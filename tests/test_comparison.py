@@ -159,34 +159,69 @@ def test_the_frontier_is_that_of_a_curve_over_all_its_ratios():
 
 
 # -- intervals ------------------------------------------------------------------------------------------------------------
-def test_the_interval_of_a_point_is_the_bootstrap_over_seeds_and_problems_where_scores_are_known():
+ENDS = ["accuracy_low", "accuracy_high"]
+
+
+def ends(*rows):
+    return comparison.curve_points(frame(*rows))[ENDS].to_numpy()
+
+
+def test_the_interval_of_a_point_is_that_of_seeds_and_problems_drawn_again_where_scores_are_known():
     rng = np.random.default_rng(0)
     scores = rng.integers(0, 2, (3, 40))
-    shared = comparison.curve_points(frame(*(bench(seed=s, scores=scores[s]) for s in range(3))))
-    low, high = pareto.seeds_interval(scores)
-    assert shared[["accuracy_low", "accuracy_high"]].to_numpy()[0] == pytest.approx([low, high], abs=0.02)
-    widths = []
-    for make in (bench, row):
-        points = comparison.curve_points(frame(*(make(seed=s, scores=scores[0]) for s in range(3))))
-        widths.append((points["accuracy_high"] - points["accuracy_low"])[0])
+    shared = ends(*(bench(seed=s, scores=scores[s]) for s in range(3)))
+    assert shared[0] == pytest.approx(pareto.seeds_interval(scores), abs=0.02)
+    widths = [np.diff(ends(*(make(seed=s, scores=scores[0]) for s in range(3))))[0, 0] for make in (bench, row)]
     assert widths[1] < 0.85 * widths[0]  # each seed's own problems average out
 
 
-def test_without_scores_the_interval_is_that_of_independent_shares_and_shared_problems_count_once():
-    without = {"problem_scores": [], "accuracy": 0.5, "accuracy_low": 0.4, "accuracy_high": 0.7}
-    own = comparison.curve_points(frame(*(row(seed=s, **without) for s in range(4))))
-    assert own[["accuracy_low", "accuracy_high"]].to_numpy()[0] == pytest.approx([0.5 - 0.1 / 2, 0.5 + 0.2 / 2])
-    shared = comparison.curve_points(frame(*(bench(seed=s, **without) for s in range(4))))
-    assert shared[["accuracy_low", "accuracy_high"]].to_numpy()[0] == pytest.approx([0.4, 0.7])
-    unknown = comparison.curve_points(frame(row(**without | {"accuracy_low": None})))
-    assert unknown[["accuracy_low", "accuracy_high"]].isna().all(axis=None)
+def test_without_scores_every_problem_counts_once_over_all_seeds_of_a_task():
+    without = {"problem_scores": [], "num_problems": 40, "accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95}
+    assert ends(*(row(seed=s, **without) for s in range(3)))[0] == pytest.approx(pareto.wilson_interval(108, 120))
+    assert ends(*(bench(seed=s, **without) for s in range(3)))[0] == pytest.approx(pareto.wilson_interval(36, 40))
+    assert np.isnan(ends(row(**without | {"accuracy_low": None}))).all()
 
 
-def test_a_task_without_a_mistake_is_not_known_to_be_without_one():
-    low, high = pareto.wilson_interval(32, 32)
-    perfect = row(scores=[1] * 32, accuracy_low=low, accuracy_high=high)
-    (found,) = comparison.curve_points(frame(perfect)).to_dict("records")
-    assert (found["accuracy_low"], found["accuracy_high"]) == (pytest.approx(low), 1.0)
+@pytest.mark.parametrize("known", [True, False])
+def test_neighbours_are_as_sure_by_one_rule_also_where_nothing_is_wrong(known):
+    """From 59 to 64 of 64 right, each end rises with the accuracy."""
+    rows = [row(cr=right, scores=[1] * right + [0] * (64 - right), kv_reads=right) for right in range(59, 65)]
+    rows = rows if known else [one | {"problem_scores": []} for one in rows]
+    low, high = ends(*rows).T
+    assert (np.diff(low) > 0.005).all()
+    assert (np.diff(high) >= 0).all()
+    assert (low[-1], high[-1]) == (pytest.approx(pareto.wilson_interval(64, 64)[0]), 1.0)
+
+
+def test_where_one_row_lacks_scores_no_interval_of_the_frame_is_over_seeds():
+    rng = np.random.default_rng(0)
+    rows = [row(cr=cr, seed=s, scores=rng.integers(0, 2, 30) * (s > 0)) for cr in (4.0, 8.0) for s in range(3)]
+    points = comparison.curve_points(frame(*rows))
+    assert points["interval_over"].tolist() == ["seeds and problems"] * 2
+    rows[0] = rows[0] | {"problem_scores": []}
+    mixed = comparison.curve_points(frame(*rows))
+    without = comparison.curve_points(frame(*(one | {"problem_scores": []} for one in rows)))
+    assert mixed["interval_over"].tolist() == ["problems"] * 2
+    assert_frame_equal(mixed, without)
+    assert (mixed["accuracy_low"] > points["accuracy_low"] + 0.05).all(), "seeds that differ make it wider"
+    assert comparison.curve_points(frame(row()))["interval_over"].tolist() == ["problems"], "a single seed"
+
+
+@pytest.mark.parametrize("make", [row, bench])
+@pytest.mark.parametrize("level", [2.3, 0.0])
+def test_the_interval_of_a_point_covers_it_as_often_as_it_says_or_more(make, level):
+    """Two tasks of 40 problems and 3 seeds, no seed better than another; a level of 2.3 is 97 % right."""
+    covered, rng = 0, np.random.default_rng(1)
+    tasks = ("dms_tiny_road", "dms_tiny_ledger")
+    drawn = [
+        level + rng.normal(0, 0.7, (2, 1 if make is bench else 3, 40)) + rng.normal(0, 1, (2, 3, 40)) for _ in range(200)
+    ]
+    truth = np.mean([one > 0 for one in drawn])
+    for one in drawn:
+        rows = [make(seed=s, task=tasks[t], scores=(one[t, s] > 0) * 1.0) for t in range(2) for s in range(3)]
+        low, high = ends(*rows)[0]
+        covered += low <= truth <= high
+    assert covered / 200 >= 0.93
 
 
 # -- margins --------------------------------------------------------------------------------------------------------------

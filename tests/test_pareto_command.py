@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,31 @@ def test_scores_that_were_published_stand_beside_the_measured_ones(tmp_path, cap
     assert "30.0" in text
     assert "-1.0" in text
     assert "AIME24" not in text, "by the project's names"
+
+
+@pytest.mark.parametrize(
+    ("scores", "num_seeds", "accuracies", "between"),
+    [
+        ([1.0, 0.0], 2, "seeds and problems that are drawn again", "problems and seeds are drawn again, the same ones"),
+        ([], 2, "How seeds differ is not in them", "has no intervals: what single problems scored is not known"),
+        ([1.0, 0.0], 1, "of the problems of a single seed", "problems and seeds are drawn again, the same ones"),
+    ],
+)
+def test_the_report_says_what_its_intervals_are_over(tmp_path, undrawn, capsys, scores, num_seeds, accuracies, between):
+    rows = [
+        a_result(method=method, target_cr=cr, seed=seed, accuracy=0.5, problem_scores=scores, num_problems=2)
+        for method, cr in (("full", 1.0), ("dms", 4.0))
+        for seed in range(num_seeds)
+    ]
+    results.append(tmp_path / results.RESULTS, rows)
+    assert main([str(tmp_path)]) == 0
+    report = (tmp_path / "report.html").read_text()
+    said = [text for text in re.findall(r"<p>(.*?)</p>", report, re.DOTALL) if "nterval" in text]
+    assert any(accuracies in text for text in said)
+    assert any(between in text for text in said)
+    assert len(said) == 2
+    over = "seeds and problems" if scores and num_seeds > 1 else "problems"
+    assert f"95 % intervals over {over}\n" in re.sub(r" +\n", "\n", capsys.readouterr().out)
 
 
 # -- sweeps --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,17 @@ A curve is (model, method, variant), over the tasks that its points share. Every
 """
 
 from dms_lab.comparison.curves import equal_accuracy, equal_budget, margins
-from dms_lab.comparison.points import BUDGETS, curve_points, label
+from dms_lab.comparison.points import BUDGETS, PROBLEMS, SEEDS, curve_points, label
 from dms_lab.comparison.suspicions import warnings_of
 
-__all__ = ["BUDGETS", "curve_points", "equal_accuracy", "equal_budget", "label", "margins", "warnings_of"]
+__all__ = [
+    "BUDGETS",
+    "PROBLEMS",
+    "SEEDS",
+    "curve_points",
+    "equal_accuracy",
+    "equal_budget",
+    "label",
+    "margins",
+    "warnings_of",
+]

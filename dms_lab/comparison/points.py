@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BUDGETS = ("kv_reads", "peak_tokens", "kv_bytes_peak")
+SEEDS, PROBLEMS = "seeds and problems", "problems"  # what the interval of a point is over
 Row = dict[str, Any]
 
 
@@ -108,35 +109,29 @@ class MeasuredPoint:
             for row in self.answered
         ]
 
-    def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy: of other problems, and of other seeds where scores of single problems are known.
+    def interval(self, resampled: bool) -> tuple[float, float]:
+        """95 % interval of the accuracy (`pareto.mean_interval`); NaN where a row has none and no scores either.
 
-        Seeds are drawn again, and the problems of each task (within each seed where each drew its own). A task whose
-        scores are all 0 or all 1 would be drawn as just that, so the interval is not narrower there than that of
-        independent shares (`pareto.mean_interval`), which also stands where single scores are not known: it says nothing
-        of seeds.
+        `resampled`: seeds and problems are drawn again to find its variance, which needs `cells`; else every problem is an
+        independent one, counted once however many seeds had it, and nothing is said of how seeds differ.
         """
-        cells = self.cells("kv_reads")
-        if cells is None:
-            return self._of_shares()
-        low, high = pareto.interval_of(pareto.resample([[cells]], lambda _, accuracy: accuracy[:, 0]))
-        if any(len(scores) == 1 for scores in _scores_by_task(cells)):
-            shares = self._of_shares()
-            low, high = np.nanmin([low, shares[0]]), np.nanmax([high, shares[1]])
-        return float(min(low, self.accuracy)), float(max(high, self.accuracy))
-
-    def _of_shares(self) -> tuple[float, float]:
-        """Of the rows' own intervals; seeds that had the same problems are no independent evidence."""
-        by_task = grouped(self.answered, lambda row: row["task"])
-        tasks = [_share_of_rows(rows) for rows in by_task.values()]
-        if not tasks or any(math.isnan(end) for task in tasks for end in task):
+        if any(is_missing(row["accuracy_low"]) and not len(row["problem_scores"]) for row in self.answered):
             return math.nan, math.nan
-        return pareto.mean_interval(*zip(*tasks, strict=True))
+        by_task = grouped(self.answered, lambda row: row["task"]).values()
+        shares = [_mean(rows, "accuracy") for rows in by_task]
+        trials = [sum(_counted(rows).values()) for rows in by_task]
+        if not shares:
+            return math.nan, math.nan
+        cells = self.cells("kv_reads") if resampled else None
+        if cells is None:
+            return pareto.mean_interval(shares, trials)
+        drawn = pareto.resample([[cells]], lambda _, accuracy: accuracy[:, 0])
+        return pareto.mean_interval(shares, trials, float(drawn.var()))
 
-    def row(self) -> Row:
+    def row(self, resampled: bool) -> Row:
         """Its row in `curve_points`, but for the frontier."""
-        low, high = self.interval()
-        counted = {(row["task"], problem_set(row)): row["num_problems"] for row in self.answered}
+        low, high = self.interval(resampled)
+        over = SEEDS if resampled and len(self.seeds) > 1 else PROBLEMS
         kind, value = self.dial
         return {
             "model": self.model,
@@ -150,12 +145,13 @@ class MeasuredPoint:
             "accuracy": self.accuracy,
             "accuracy_low": low,
             "accuracy_high": high,
+            "interval_over": "" if math.isnan(low) else over,
             "perplexity": _mean(self.texts, "perplexity"),
             "text_cr": self.text_cr,
             "measured_cr": self.measured_cr,
             **{name: self.mean(name) for name in BUDGETS},
             "num_seeds": len(self.seeds),
-            "num_problems": sum(counted.values()),
+            "num_problems": sum(_counted(self.answered).values()),
         }
 
 
@@ -165,11 +161,13 @@ def curve_points(frame: "pd.DataFrame") -> "pd.DataFrame":
     A rule with a budget of live tokens has `budget_tokens`, and its target CR is the mean over tasks. `max_tokens` is None
     for the tasks of a run's own evaluation. Rows of one seed that differ in nothing else count as one. `perplexity` is the
     mean of the text rows, at the compression `text_cr` of these texts; NaN without. A point that has nothing else has no
-    tasks. `is_frontier_*`: no other point of its
-    curve (of any CR) is as accurate for no more. Intervals: `MeasuredPoint.interval`.
+    tasks. `is_frontier_*`: no other point of its curve (of any CR) is as accurate for no more. Intervals
+    (`MeasuredPoint.interval`) are found by one rule for all points of a frame: over seeds, too, if every row with an
+    accuracy says what single problems scored. `interval_over` says over what.
     """
     points = measured_points(frame)
-    table = table_of([point.row() for point in points])
+    resampled = all(point.cells("kv_reads") is not None for point in points if point.answered)
+    table = table_of([point.row(resampled) for point in points])
     for budget in BUDGETS[:2]:
         on = {id(point) for curve in curves_of(points, budget).values() for point in on_frontier(curve, budget)}
         table[f"is_frontier_{budget}"] = [id(point) in on for point in points]
@@ -258,17 +256,9 @@ def _mean(rows: Iterable[Row], name: str) -> float:
     return float(np.mean(tasks)) if tasks else math.nan
 
 
-def _share_of_rows(rows: list[Row]) -> tuple[float, float, float]:
-    """Accuracy and interval of one task over seeds: ends are averaged over seeds with the same problems."""
-    names = ("accuracy", "accuracy_low", "accuracy_high")
-    sets = [[_mean(part, name) for name in names] for part in grouped(rows, problem_set).values()]
-    low, high = pareto.mean_interval(*zip(*sets, strict=True))
-    return _mean(rows, "accuracy"), low, high
-
-
-def _scores_by_task(cells: list[Cell]) -> Iterable[set[float]]:
-    for part in grouped(cells, lambda cell: cell.task).values():
-        yield {score for cell in part for score in cell.scores}
+def _counted(rows: Iterable[Row]) -> dict[Hashable, int]:
+    """The number of problems of each task and set of its problems: seeds that had the same count once."""
+    return {(row["task"], problem_set(row)): row["num_problems"] for row in rows}
 
 
 def _number(value: Any) -> float:

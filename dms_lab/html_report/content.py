@@ -39,7 +39,6 @@ _READING = [
     "Margin: mean of a curve's accuracy less the baseline's over the budgets that both cover, on a log2 axis, in points. "
     "Times less: the baseline's budget over the curve's for the same accuracy (>: the cheapest that was measured is more "
     "accurate already). Difference: of accuracies at equal budget.",
-    "Intervals are of 95 %: problems and seeds are drawn again, the same ones for a curve and its baseline.",
 ]
 
 
@@ -48,7 +47,7 @@ def page_of(analysis: Analysis, origin: Origin, title: str, command: str) -> Pag
     sections = [_comparison_section(analysis, name, points) for name, points in _parts(analysis).items()]
     sections += _versus_section(analysis) + _published_section(analysis) + _texts_section(analysis)
     sections += _retention_section(origin)
-    sections += [Section("How to read this", _READING), _origin_section(analysis, origin)]
+    sections += [Section("How to read this", [*_READING, *intervals_said(analysis)]), _origin_section(analysis, origin)]
     return Page(title, origin.question, analysis.warnings, sections, command)
 
 
@@ -88,7 +87,7 @@ def _comparison_section(analysis: Analysis, name: str, points: "pd.DataFrame") -
 
 def _tables_of(analysis: Analysis, points: "pd.DataFrame") -> list[Table]:
     """The points, and where they stand against the baseline."""
-    shown = [tables.points_table(points)]
+    shown = [tables.points_table(points, f"Points, in percent{_over(points)}")]
     if _meets(analysis, points):
         frames = (_of(frame, points) for frame in (analysis.margins, analysis.equal_accuracy, analysis.equal_budget))
         shown.append(tables.versus_table(*frames, versus_caption(analysis)))
@@ -147,6 +146,40 @@ def marker_path(marker: Marker) -> str:
         numbers = [] if letters[code] == "Z" else [f"{-v if i % 2 else v:.3g}" for i, v in enumerate(values)]
         found.append(letters[code] + " ".join(numbers))
     return "".join(found)
+
+
+def intervals_said(analysis: Analysis) -> list[str]:
+    """What the intervals are over, of these results: of accuracies, and of what lies between curves."""
+    points, margins = analysis.points[analysis.points["accuracy"].notna()], analysis.margins
+    over = set(points["interval_over"]) - {""}
+    said = []
+    if comparison.SEEDS in over:
+        said.append(
+            "Intervals of accuracies are of 95 %: Wilson's, of as many problems as make them as uncertain as seeds and "
+            "problems that are drawn again do; of a single seed only its problems are."
+        )
+    elif over and points["num_seeds"].max() > 1:
+        said.append(
+            "Intervals of accuracies are of 95 %: Wilson's, of all problems, those that seeds share counted once. How "
+            "seeds differ is not in them: some rows do not say what single problems scored."
+        )
+    elif over:
+        said.append("Intervals of accuracies are of 95 %: Wilson's, of the problems of a single seed.")
+    found = margins[margins["margin"].notna()]
+    if len(found) and found["low"].notna().any():
+        said.append(
+            "Intervals of what lies between curves: problems and seeds are drawn again, the same ones for a curve and its "
+            "baseline" + ("." if found["low"].notna().all() else "; there are none where single scores are not known.")
+        )
+    elif len(found):
+        said.append("What lies between curves has no intervals: what single problems scored is not known.")
+    return said
+
+
+def _over(points: "pd.DataFrame") -> str:
+    """Over what the intervals of some points are, for a caption."""
+    names = sorted(set(points["interval_over"]) - {""}, reverse=True)
+    return f" with 95 % intervals over {' or '.join(names)}" if names else ""
 
 
 def _versus_section(analysis: Analysis) -> list[Section]:
@@ -211,7 +244,7 @@ def summary(analysis: Analysis) -> list[Table]:
     found = []
     for name, points in _parts(analysis).items():
         of_points, *versus = _tables_of(analysis, points)
-        found += [replace(of_points, caption=f"{name}, in percent with 95 % intervals"), *versus]
+        found += [replace(of_points, caption=f"{name}, in percent{_over(points)}"), *versus]
     found += [table for section in _texts_section(analysis) for table in section.tables]
     beside = published_beside(analysis)
     return [*found, tables.without(beside, "model", "source")] if beside else found

@@ -92,7 +92,7 @@ def ordered(frame: "pd.DataFrame", *by: str) -> list[dict]:
 
 
 # -- tables --------------------------------------------------------------------------------------------------------------
-def points_table(points: "pd.DataFrame", caption: str = "Points, in percent with 95 % intervals") -> Table:
+def points_table(points: "pd.DataFrame", caption: str = "Points, in percent") -> Table:
     """Every point of one model and set of tasks; `frontier` marks those that no point of the same curve beats."""
     rows = []
     for row in ordered(points, "target_cr", "width", "max_tokens"):

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+Z = 1.959964  # of 95 %
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+
+def wilson_interval(successes: float, trials: float, z: float = Z) -> tuple[float, float]:
     """95 % interval of a share (Wilson 1927). Raises `ValueError` without trials."""
-    if trials < 1:
+    if not trials > 0:
         raise ValueError("an interval needs at least one problem")
     share = successes / trials
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -18,17 +20,28 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[f
     return low, high
 
 
-def mean_interval(shares: Sequence[float], lows: Sequence[float], highs: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean of independent shares, from the 95 % interval of each (Zou & Donner 2008, MOVER).
+def mean_interval(shares: Sequence[float], trials: Sequence[float], variance: float | None = None) -> tuple[float, float]:
+    """95 % interval of the mean of independent shares, each of as many trials: Wilson's, of an effective number of trials.
 
-    The distances from the shares to their ends add up as squares, below and above apart: narrower than the mean of the
-    ends, and it keeps the skew of shares near 0 or 1. NaN if an end is. Raises `ValueError` without shares.
+    That is the number at which one share would have the variance of the mean: a trial is the less worth, the more of the
+    variance something else brings in, as seeds. `variance`: what it was found to be, by resampling say; without, the
+    binomial one of the shares. Both are taken a little larger (a quarter of z squared over the squared number), so that
+    shares of 0 or 1 alone, whose variance shows as none, have Wilson's own interval. Source: Franco et al. 2019,
+    Comparative study of confidence intervals for proportions in complex sample surveys. Raises `ValueError` without shares
+    or trials, for a share that is none, and for a negative variance.
     """
-    if not len(shares):
-        raise ValueError("an interval needs at least one share")
-    points, low, high = (np.asarray(x, float) for x in (shares, lows, highs))
-    below, above = (math.sqrt(float((d**2).sum())) / len(points) for d in (points - low, high - points))
-    return float(np.maximum(0.0, points.mean() - below)), float(np.minimum(1.0, points.mean() + above))
+    points, numbers = np.asarray(shares, float), np.asarray(trials, float)
+    if not points.size or points.shape != numbers.shape or not (numbers > 0).all():
+        raise ValueError("an interval needs at least one share, and at least one problem of each")
+    if not ((points >= 0) & (points <= 1)).all():
+        raise ValueError(f"shares must lie between 0 and 1; {points.tolist()} has one that does not")
+    if variance is not None and not variance >= 0:
+        raise ValueError(f"variance={variance} must not be negative; leave it out for that of the shares")
+    mean, number = float(points.mean()), len(points) ** 2 / float((1 / numbers).sum())
+    found = float((points * (1 - points) / numbers).sum()) / len(points) ** 2 if variance is None else variance
+    more = (Z / (2 * number)) ** 2
+    effective = number * (mean * (1 - mean) / number + more) / (found + more)
+    return wilson_interval(mean * effective, effective)
 
 
 def bootstrap_interval(

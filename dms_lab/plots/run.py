@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dms_lab.pareto import mean_interval
+from dms_lab.comparison import curve_points
 from dms_lab.plots.accuracy import error_sides, full_line
 from dms_lab.plots.axes import TOKEN_BUDGETS, handle, legend_below, log2_axis, panels, paper
 from dms_lab.plots.style import looks_of_methods
@@ -17,19 +17,9 @@ _TITLE = "exact match, mean over tasks (%)"
 
 
 def mean_over_tasks(frame: "pd.DataFrame") -> "pd.DataFrame":
-    """One row per (method, target CR): means over the tasks (and seeds) with an accuracy, and its interval.
-
-    The interval is of these problems and seeds: it says how well the mean was measured, not how it varies over seeds.
-    """
-    import pandas as pd
-
-    with_answers = frame[frame["accuracy"].notna()]
-    points = []
-    for (method, cr), rows in with_answers.groupby(["method", "target_cr"]):
-        low, high = mean_interval(rows["accuracy"], rows["accuracy_low"], rows["accuracy_high"])
-        means = {name: rows[name].mean() for name in ("accuracy", "measured_cr", *TOKEN_BUDGETS)}
-        points.append({"method": method, "target_cr": cr, "accuracy_low": low, "accuracy_high": high} | means)
-    return pd.DataFrame(points)
+    """The points of `comparison.curve_points` that have an accuracy, one per (method, target CR) of a run."""
+    points = curve_points(frame)
+    return points[points["accuracy"].notna()]
 
 
 def per_task(frame: "pd.DataFrame") -> "pd.DataFrame":

@@ -30,7 +30,9 @@ def summary_table(frame: "pd.DataFrame") -> "Table":
         cells = [f"{100 * by_task[t]['accuracy'].mean():.1f}" if t in by_task else "" for t in tasks]
         answered = rows[rows["accuracy"].notna()]
         ppl = [
-            f"{by_task[t][name].mean():.2f}" if t in by_task else "" for t in texts for name in ("perplexity", "measured_cr")
+            f"{by_task[t][name].mean():.2f}" if t in by_task else ""
+            for t in texts
+            for name in ("perplexity", "measured_cr")
         ]
         held = (answered if len(answered) else rows)["measured_cr"].mean()
         cost = [f"{answered[c].mean():.0f}" if len(answered) else "" for c in TOKEN_BUDGETS]
