@@ -32,13 +32,20 @@ def piece(tensor: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """`tensor`, which every process holds whole, on the device of `parameter`, and cut along its first axis as that is."""
-    tensor = tensor.to(parameter.device)
-    if not is_cut(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
+    """`tensor`, which every process holds whole, on the device of `parameter`, and cut along its first axis as that is.
 
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    Of one that is cut, the part of this process is copied, and nothing else is read of `tensor` or kept.
+    """
+    if not is_cut(parameter):
+        return tensor.to(parameter.device)
+    from torch.distributed.tensor import DTensor
+
+    mesh = parameter.device_mesh
+    parts, number = tensor.chunk(mesh.size()), mesh.get_local_rank()
+    part = parts[number] if number < len(parts) else tensor[:0]  # of few rows, the last processes have none
+    part = part.to(parameter.device, copy=True)
+    placed = {"shape": tensor.shape, "stride": tensor.stride()}
+    return DTensor.from_local(part, mesh, parameter.placements, run_check=False, **placed)
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

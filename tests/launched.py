@@ -31,6 +31,10 @@ def stop_that_notes(seen, signalled):
             parameters = list(module.parameters())
             seen["started_at"] = trainer.global_step
             seen["held"] = sum(piece(p).numel() for p in parameters)
+            seen["file"] = type(trainer.strategy.checkpoint_io).__name__
+            moments = [m for state in trainer.optimizers[0].state.values() for m in state.values() if m.dim()]
+            seen["moments"] = sum(piece(m).numel() for m in moments)
+            seen["kept"] = sum(piece(m).untyped_storage().nbytes() // m.element_size() for m in moments)
             seen["cut"] = sum(is_cut(p) for p in parameters) / len(parameters)
 
         def on_train_batch_start(self, trainer, module, batch, batch_idx):

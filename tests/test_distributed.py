@@ -206,6 +206,8 @@ def test_a_signal_to_one_process_stops_both_at_one_step_and_both_go_on(stopped):
         assert (seen["finished"], seen["stopped_by"], seen["started_at"], seen["ended_at"]) == (False, "SIGTERM", 0, 3)
     for seen in both["resumed"]:
         assert (seen["finished"], seen["started_at"], seen["ended_at"]) == (True, 3, 5)
+        assert seen["file"] == "StraightFile"
+        assert seen["kept"] == seen["moments"] > 0  # of what was loaded, the own part alone
     assert_close(folder / "again", whole)
     assert not (folder / "again" / "last.ckpt").exists()
 

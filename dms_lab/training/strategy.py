@@ -21,6 +21,7 @@ from dms_lab.config import TrainConfig
 from dms_lab.sharding import cut_like, gathered, piece
 from dms_lab.structure import decoder_layers
 from dms_lab.training.distributed import World, gpu_index
+from dms_lab.training.last_checkpoint import StraightFile
 from dms_lab.training.module import RetrofitModule
 
 
@@ -28,7 +29,7 @@ def trainer_arguments(config: TrainConfig, world: World) -> dict[str, Any]:
     """What `L.Trainer` must be told of devices, processes and strategy; it looks for none of them itself."""
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if world.size == 1:  # in a job of Slurm too, where Lightning would requeue the job by its own signal handlers
-        return {"accelerator": accelerator, "devices": 1, "plugins": [LightningEnvironment()]}
+        return {"accelerator": accelerator, "devices": 1, "plugins": [LightningEnvironment(), StraightFile()]}
     strategy = (
         Sharded(world.size)
         if config.strategy == "fsdp"
@@ -38,6 +39,7 @@ def trainer_arguments(config: TrainConfig, world: World) -> dict[str, Any]:
     device = torch.device("cuda", gpu_index(world)) if accelerator == "gpu" else torch.device("cpu")
     strategy.parallel_devices = [device] * world.devices  # asked by `local_rank`, this process's alone
     strategy.cluster_environment = Launched(world)
+    strategy.checkpoint_io = StraightFile()
     return {"accelerator": accelerator, "devices": "auto", "num_nodes": world.num_nodes, "strategy": strategy}
 
 
@@ -97,7 +99,10 @@ def shard(module: RetrofitModule, mesh: DeviceMesh) -> None:
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2. Weights that are frozen are never saved; those that are trained, and their moments, are saved whole."""
+    """FSDP2. Weights that are frozen are never saved; those that are trained, and their moments, are saved whole.
+
+    The first process holds all that is saved in its memory at once; what is loaded, each holds its own part of alone.
+    """
 
     lightning_restore_optimizer = True
 
