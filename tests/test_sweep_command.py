@@ -147,6 +147,18 @@ def test_the_plan_says_what_a_submission_would_cost_and_what_that_is_assumed_fro
     assert not Path("runs/sweeps").exists()
 
 
+def test_the_plan_says_what_memory_runs_take_and_that_one_gpu_evaluates(working_folder, capsys):
+    words = ["experiment=paper_qwen3_8b", "devices=8", "strategy=fsdp"]
+    folder = write_sweep([*words, "seed=0,1"], cluster="slurm")
+    assert main(["submit", str(folder), "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "up to 98.3 GB a run more (last.ckpt)" in text
+    assert "memory of a node, to load and to save: up to 130.3 GB a run" in text
+    assert "mem_gb=128" in text
+    assert "evaluation: one process on one GPU" in text
+    assert "it holds all weights, up to 32.8 GB" in text
+
+
 def test_hours_are_those_that_the_sweep_itself_has_measured_where_it_has(working_folder, capsys):
     folder = write_sweep([*TINY, "seed=0,1"])
     [first, _] = points_of(folder)

@@ -1,5 +1,6 @@
 """A sweep's points are those that Hydra would run, each once, and one that is wrong stops all of them."""
 
+import math
 import os
 import re
 import subprocess
@@ -231,6 +232,21 @@ def test_the_shipped_resources_are_valid_for_every_shipped_model():
         [point] = points_of(f"model={file.stem}", *path)
         assert file.stem in cluster["size_of"] or file.stem == "hf"
         assert resources_of(point, sweep_of({"overrides": []}), cluster).timeout_min > 0
+
+
+def test_a_training_gets_the_memory_that_it_takes_to_load_and_to_save_it_unless_the_sweep_says_less():
+    cluster, plain = load_cluster("slurm"), sweep_of({"overrides": []})
+    words = ["devices=8", "accumulate=8", "trained=all", "strategy=fsdp", "model=qwen3_8b", "model.dtype=float32"]
+    all_weights, averaged, adapter, whole = (
+        resources_of(points_of(*some)[0], plain, cluster).mem_gb
+        for some in (words, [*words, "average=0.9"], ["model=qwen3_8b"], [*words, "strategy=ddp"])
+    )
+    assert adapter == all_weights == 128  # weights and two moments take 122
+    assert averaged == math.ceil((8.19e9 * 4 * 4 + 8 * 4e9) / 2**30)  # the first process gathers all that is saved
+    assert whole == math.ceil((8.19e9 * 2 * 4 + 4e9) * 8 / 2**30)  # each process loads model and teacher
+    own = sweep_of({"overrides": []}, resources={"mem_gb": 100})
+    assert resources_of(points_of(*words)[0], own, cluster).mem_gb == 100
+    assert resources_of(points_of("model=tiny")[0], plain, cluster).mem_gb == 4  # on a CPU, which was measured
 
 
 def test_several_devices_are_several_tasks_of_a_node_which_end_together():

@@ -135,8 +135,3 @@ def _least_seconds(tokens: int, trained: str, shape: Shape) -> float:
 def disk_bytes(config: TrainConfig, shape: Shape) -> float:
     """Bytes that a finished run leaves: its checkpoints, and what is drawn and written about them."""
     return 4 * num_trained(config, shape) * len(config.cr_family) + RESULTS_BYTES
-
-
-def working_bytes(config: TrainConfig, shape: Shape) -> float:
-    """Bytes of `last.ckpt` while a run trains: weights and AdamW's two moments, their average where there is one."""
-    return 4 * num_trained(config, shape) * (4 if config.average else 3)

@@ -4,9 +4,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from dms_lab.config import num_processes
 from dms_lab.sweep_config import SweepConfig
 from dms_lab.sweeping import cost
 from dms_lab.sweeping.cost import Cost, costs
+from dms_lab.sweeping.memory import host_bytes, saved_bytes, weight_bytes
 from dms_lab.sweeping.points import Point
 from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
 from dms_lab.sweeping.shapes import shape_of
@@ -71,16 +73,21 @@ def _jobs(sweep: SweepConfig, points: Sequence[Point]) -> list[str]:
 
 
 def _working(sweep: SweepConfig, points: Sequence[Point]) -> list[str]:
-    """What runs at work take on the disk, beside what they leave."""
-    most = max(
-        (
-            cost.working_bytes(p.config, shape)
-            for p in points
-            if p.command == "train" and (shape := shape_of(p.config.model))
-        ),
-        default=0.0,
-    )
-    return [f"disk, while it trains: up to {size(most)} a run more (last.ckpt)"] if most else []
+    """What runs at work take, beside what they leave: of the disk, of a node's memory, of the GPU that evaluates."""
+    known = [(p.config, shape) for p in points if p.command == "train" and (shape := shape_of(p.config.model))]
+    if not known:
+        return []
+    lines = [f"disk, while it trains: up to {size(max(saved_bytes(*run) for run in known))} a run more (last.ckpt)"]
+    large = [run for run in known if run[1].num_parameters >= cost.SMALL]
+    if large:
+        lines.append(f"memory of a node, to load and to save: up to {size(max(host_bytes(*run) for run in large))} a run")
+    if shared := [weight_bytes(*run) for run in large if num_processes(run[0]) > 1 and run[0].eval_after]:
+        lines.append(
+            "evaluation: one process on one GPU, however many trained the run; it holds all weights, up to "
+            f"{size(max(shared))}, and the caches, while the job's other GPUs wait. With eval_after=false a part with "
+            "command: evaluate and checkpoint=<run> is a job of one GPU for benchmarks"
+        )
+    return lines
 
 
 def assumptions(rows: Sequence[Cost]) -> list[str]:

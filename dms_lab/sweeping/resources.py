@@ -1,11 +1,14 @@
 """What a point's job asks Slurm for: conf/cluster/slurm.yaml, the size of its model, the sweep's own resources."""
 
+import math
 from typing import Any
 
 from dms_lab.config import TrainConfig
 from dms_lab.sweep_config import Resources, SweepConfig, build_resources, check_resources
 from dms_lab.sweeping.composition import config_folder
+from dms_lab.sweeping.memory import GIB, host_bytes
 from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.shapes import shape_of
 
 
 def load_cluster(name: str) -> dict[str, Any]:
@@ -20,6 +23,8 @@ def resources_of(point: Point, sweep: SweepConfig, cluster: dict[str, Any]) -> R
     """The resources of one point's job: each of these over the one before.
 
     the cluster's, those of the model's size there, the sweep's, those of the model's size in the sweep
+
+    `mem_gb` of the cluster is raised to what the run needs by `memory.host_bytes`; that of the sweep has the last word.
     """
     check_resources(cluster, "conf/cluster: ")
     size_of = (cluster.get("size_of") or {}) | (sweep.resources.get("size_of") or {})
@@ -28,7 +33,15 @@ def resources_of(point: Point, sweep: SweepConfig, cluster: dict[str, Any]) -> R
     for level in (cluster, sweep.resources):
         values |= {key: value for key, value in level.items() if key not in ("sizes", "size_of")}
         values |= (level.get("sizes") or {}).get(size) or {}
+        if level is cluster and values.get("mem_gb") and values.get("gpus_per_node"):
+            values["mem_gb"] = max(values["mem_gb"], _needed_gb(point))
     return build_resources(values)
+
+
+def _needed_gb(point: Point) -> int:
+    """GB of a node's memory that a training needs at least, where the size of its model is known; else 0."""
+    shape = shape_of(point.config.model) if isinstance(point.config, TrainConfig) else None
+    return 0 if shape is None else math.ceil(host_bytes(point.config, shape) / GIB)
 
 
 def slurm_parameters(point: Point, resources: Resources, name: str) -> dict[str, Any]:
