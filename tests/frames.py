@@ -73,7 +73,11 @@ def margins(model="qwen_r1_1_5b", methods=METHODS):
                     "margin": value,
                     "low": value - 0.05,
                     "high": value + 0.05,
+                    "held_share": float("nan") if method == "h2o" else 0.25,
+                    "margin_unheld": value / 2,
                     "area": 2.0 * value,
+                    "budget_low": 1000.0,
+                    "budget_high": 4000.0,
                     "against": "full",
                 }
             )

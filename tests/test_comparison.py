@@ -310,6 +310,22 @@ def test_a_margin_says_where_it_was_taken_and_what_lies_under_the_curve():
     assert linear["area"] == pytest.approx(4 * (0.5 + 0.5 * 3 / 7 + 1) / 2)
 
 
+def test_a_margin_says_how_much_of_it_is_held_and_what_it_is_without():
+    rows = [
+        *(bench("full", cr=1.0, width=w, scores=[1] * w + [0] * (4 - w), kv_reads=4.0 * 4**w) for w in (1, 2)),
+        bench(scores=[1, 1, 0, 0], kv_reads=8.0),
+        bench(width=2, scores=[1, 1, 1, 0], kv_reads=32.0),
+        bench(width=4, scores=[1, 0, 0, 0], kv_reads=64.0),
+    ]
+    found = one(comparison.margins(frame(*rows)), budget="kv_reads")
+    assert (found["budget_low"], found["budget_high"], found["held_share"]) == (16.0, 64.0, 0.5)
+    assert found["margin_unheld"] == pytest.approx((0.625 - 0.25 + 0.75 - 0.375) / 2)
+    assert found["margin"] == pytest.approx((found["margin_unheld"] + (0.75 - 0.375 + 0.75 - 0.5) / 2) / 2)
+    apart = one(comparison.margins(frame(*rows[:-2], rows[-1])), budget="kv_reads")
+    assert (apart["held_share"], math.isnan(apart["margin_unheld"])) == (1.0, True)
+    assert apart["margin"] == pytest.approx(0.5 - 0.375)
+
+
 def test_only_means_over_the_same_tasks_are_compared():
     rows = [
         bench("full", cr=1.0, task="a", kv_reads=100.0, max_tokens=32),

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import frames
+import pandas as pd
 import pytest
 from plotly.offline import get_plotlyjs
 
@@ -272,6 +273,26 @@ def test_the_table_of_points_has_the_text_s_own_ratio_beside_its_perplexity():
     place = shown.columns.index("perplexity")
     assert shown.columns[place + 1] == "at text CR"
     assert [cell.text for cell in shown.rows[0][place : place + 2]] == ["12.00", "3.40"]
+
+
+def versus(margins):
+    empty = pd.DataFrame(columns=["method", "variant", "budget", "at", "accuracy", "at_least", "difference", "status"])
+    return tables.versus_table(margins, empty, empty, "Against")
+
+
+@pytest.mark.parametrize("make", [versus, lambda margins: tables.margins_table(margins, "Margins")])
+def test_beside_a_margin_stand_what_it_rests_on_and_what_it_is_without(make):
+    margins = frames.margins(methods=[("full", "", 1.0, 0.6), ("dms", "", 8.0, 0.5), ("h2o", "", 8.0, 0.5)])
+    margins.loc[margins["budget"] == "peak_tokens", ["held_share", "margin_unheld"]] = [1.0, float("nan")]
+    shown = make(margins)
+    assert "held: the share of the budgets beyond a frontier's last point" in shown.caption
+    places = [shown.columns.index(name) for name in ("method", "budget", "margin", "held", "not held", "area")]
+    assert [[row[place].text for place in places] for row in shown.rows if row[places[1]].text != "peak memory"] == [
+        ["DMS", "KV reads", "+15.0 [+10.0, +20.0]", "25.0 %", "+7.5", "30.0"],
+        ["DMS", "peak", "+15.0 [+10.0, +20.0]", "100.0 %", "no common budget", "30.0"],
+        ["H2O", "KV reads", "no common budget", "", "", ""],
+        ["H2O", "peak", "no common budget", "", "", ""],
+    ]
 
 
 def test_the_terminal_s_table_has_the_same_cells_and_no_markup():

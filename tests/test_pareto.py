@@ -132,6 +132,25 @@ def test_nothing_is_read_beyond_what_was_measured():
         pareto.accuracy_at(x, y, 0)
 
 
+def test_a_margin_without_holding_ends_at_the_last_point_of_each_frontier_and_the_held_share_says_how_far_that_is():
+    x, y = [2, 8, 16, 32], [0.3, 0.6, 0.4, 0.5]  # its frontier ends at 8, and is held to 32
+    other = ([2, 32], [0.1, 0.1 + 4e-9])
+    assert pareto.margin(x, y, *other) == pytest.approx((0.35 + 0.5) / 2)
+    assert pareto.margin(x, y, *other, hold=False) == pytest.approx(0.35)
+    assert pareto.held_share(x, y, *other) == pareto.held_share(*other, x, y) == pytest.approx(0.5)
+    assert pareto.held_share(x, y, *other, "linear") == pytest.approx(24 / 30)
+    assert pareto.held_share([2, 8], [0.3, 0.6], [4, 8], [0.3, 0.6]) == 0
+    beyond = ([16, 64], [0.1, 0.2])
+    assert pareto.held_share(x, y, *beyond) == 1
+    assert math.isnan(pareto.margin(x, y, *beyond, hold=False))
+    assert pareto.margin(x, y, *beyond) > 0.4
+    assert (
+        pareto.held_share(x, y, [32, 64], [0.1, 0.2]),
+        pareto.held_share([1, 2], [0.1, 0.2], *([2, 3], [0.1, 0.2])),
+    ) == (1, 0)
+    assert math.isnan(pareto.held_share(x, y, [64], [0.1]))
+
+
 def test_points_that_cannot_stand_on_the_axis_are_refused():
     for budget, accuracy in (([], []), ([1, 2], [math.nan, 0.2]), ([math.inf], [0.2])):
         with pytest.raises(ValueError, match="finite"):

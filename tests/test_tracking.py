@@ -308,7 +308,10 @@ def test_a_comparison_is_tables_a_scatter_a_figure_with_frontiers_and_the_report
     assert [row["is_frontier_kv_reads"] for row in rows] == points["is_frontier_kv_reads"].tolist()
     assert len(run.table(run.summary["margins"])) == len(margins)
     assert run.summary["margin/qwen_r1_1_5b/dms_aime24/tova/kv_reads"] == pytest.approx(0.03)
-    assert not any("h2o" in name and name.startswith("margin") for name in run.summary)  # it shares no budget
+    assert run.summary["margin_unheld/qwen_r1_1_5b/dms_aime24/tova/kv_reads"] == pytest.approx(0.015)
+    assert run.summary["held_share/qwen_r1_1_5b/dms_aime24/tova/kv_reads"] == 0.25
+    assert {"held_share", "margin_unheld", "area"} <= set(run.table(run.summary["margins"])[0])
+    assert not any("h2o" in name and name.startswith(("margin", "held")) for name in run.summary)  # it shares no budget
     name = "qwen_r1_1_5b dms_aime24"
     drawn = run.table(run.summary[f"scatter/{name}_table"])
     assert [(row["kv_reads"], row["method"]) for row in drawn] == list(

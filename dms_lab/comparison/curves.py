@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _UNKNOWN = (math.nan, math.nan)
+_MARGIN = ("margin", "low", "high", "held_share", "margin_unheld", "area", "budget_low", "budget_high")
 
 
 @dataclass(frozen=True)
@@ -45,19 +46,24 @@ class Pair:
 def margins(frame: "pd.DataFrame", against: str = "full", by: str | None = None, axis: str = "log2") -> "pd.DataFrame":
     """One row per curve and budget: the mean of its accuracy less the baseline's over the budgets that both cover.
 
-    `low`, `high`: 95 % interval (`pareto.margin_interval`); `area`: under the curve, `budget_low` to `budget_high` the
-    interval that both cover (accuracy times doublings of the budget). NaN where they do not meet. A curve is the union of a
-    method's points over widths, lengths and CRs; with `by="target_cr"` one for each CR (each budget of a rule that has
-    one), against the whole baseline. `against` is a method, or "method variant" where it has several (see `label`).
-    Raises `ValueError` if nothing of that name was measured.
+    `low`, `high`: 95 % interval (`pareto.margin_interval`); `budget_low` to `budget_high`: what both cover. `held_share` of
+    that lies beyond the last point of a frontier, which is held to the largest budget measured; `margin_unheld` is the
+    margin without (the paper's: each frontier ends at its last point), over the rest of the budgets. `area`: under the
+    curve over what both cover (accuracy times doublings of the budget). NaN where they do not meet.
+
+    A curve is the union of a method's points over widths, lengths and CRs; with `by="target_cr"` one for each CR (each
+    budget of a rule that has one), against the whole baseline. `against` is a method, or "method variant" where it has
+    several (see `label`). Raises `ValueError` if nothing of that name was measured.
     """
     rows = []
     for pair in _pairs(frame, against, by):
-        row = pair.head | dict.fromkeys(("margin", "low", "high", "area", "budget_low", "budget_high"), math.nan)
+        row = pair.head | dict.fromkeys(_MARGIN, math.nan)
         if pair.baseline:
             other = _curve(pair.baseline, pair.budget)
             low, high = pareto.common_interval(*pair.curve, *other)
             row["margin"] = pareto.margin(*pair.curve, *other, axis)
+            row["held_share"] = pareto.held_share(*pair.curve, *other, axis)
+            row["margin_unheld"] = pareto.margin(*pair.curve, *other, axis, hold=False)
             row["budget_low"], row["budget_high"] = low, high
             if not math.isnan(row["margin"]):
                 row["area"] = pareto.area(*pair.curve, low, high, axis)

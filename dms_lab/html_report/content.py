@@ -37,6 +37,8 @@ _READING = [
     "by peak), and goes on thin to the largest budget measured; pale points are beaten; the grey band joins those that no "
     "point of any method beats; the dotted line is the highest accuracy of full attention. Budgets are on log2 axes.",
     "Margin: mean of a curve's accuracy less the baseline's over the budgets that both cover, on a log2 axis, in points. "
+    "Beyond its last point a frontier is held to the largest budget measured; held says how much of the common budgets is "
+    "such, and not held is the margin as the paper defines it, over the rest alone (no common budget: there is none). "
     "Times less: the baseline's budget over the curve's for the same accuracy (>: the cheapest that was measured is more "
     "accurate already). Difference: of accuracies at equal budget.",
 ]

@@ -1,5 +1,6 @@
 """The tables of an analysis, for the report and the terminal alike: points, margins, equal accuracy, equal budget."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dms_lab.html_report.page import Cell, Table
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 _SHORT = {"kv_reads": "KV reads", "peak_tokens": "peak", "kv_bytes_peak": "peak memory"}
 _BUDGETS = list(_SHORT)
 _NOWHERE = Cell("no common budget")
+_RESTS_ON = "held: the share of the budgets beyond a frontier's last point; area: under the curve, in points x doublings"
 
 
 # -- cells ---------------------------------------------------------------------------------------------------------------
@@ -120,41 +122,70 @@ def points_table(points: "pd.DataFrame", caption: str = "Points, in percent") ->
 
 
 def margins_table(margins: "pd.DataFrame", caption: str) -> Table:
-    """A row a curve (and CR, where curves are by CR), a column a budget: the margin in points with its interval."""
-    keys = ["method", "variant", *(["target_cr"] if "target_cr" in margins else [])]
+    """A row a curve (and CR, where curves are by CR) and budget: the margin, what it rests on, from where to where."""
+    has_cr = "target_cr" in margins
     rows = []
-    for row in ordered(margins.drop_duplicates(keys), *keys[2:]):
-        mine = margins[(margins[keys] == [row[key] for key in keys]).all(axis=1)].set_index("budget")
-        cells = {"method": method(row["method"]), "variant": text(row["variant"])}
-        if "target_cr" in row:
+    for row in ordered(margins, *(["target_cr"] if has_cr else []), "budget"):
+        cells = _curve(row)
+        if has_cr:
             cells["CR"] = number(row["target_cr"], 2 if row["target_cr"] % 1 else 0)
-        for budget, name in _SHORT.items():
-            cells[name] = _margin(mine.loc[budget].to_dict()) if budget in mine.index else Cell("")
-        rows.append(cells)
-    return table(caption, rows)
+        ends = {name: _cost(row[f"budget_{end}"], row["budget"]) for name, end in (("from", "low"), ("to", "high"))}
+        rows.append(cells | {"budget": text(_SHORT[row["budget"]])} | _margin(row) | ends)
+    return table(f"{caption}; {_RESTS_ON}", rows)
 
 
-def _margin(row: dict) -> Cell:
-    return _NOWHERE if is_missing(row["margin"]) else percent(row["margin"], row["low"], row["high"], sign=True)
+def _curve(row: dict) -> dict[str, Cell]:
+    return {"method": method(row["method"]), "variant": text(row["variant"])}
+
+
+def _margin(row: dict) -> dict[str, Cell]:
+    """The margin in points with its interval, the share of it that is held, the margin without that, and the area."""
+    meets, meets_unheld = not is_missing(row["margin"]), not is_missing(row["margin_unheld"])
+    without = percent(row["margin_unheld"], sign=True) if meets_unheld else _NOWHERE
+    return {
+        "margin": percent(row["margin"], row["low"], row["high"], sign=True) if meets else _NOWHERE,
+        "held": Cell(f"{100 * row['held_share']:.1f} %", float(row["held_share"])) if meets else Cell(""),
+        "not held": without if meets else Cell(""),
+        "area": number(100 * row["area"], 1),
+    }
 
 
 def equal_accuracy_table(frame: "pd.DataFrame", caption: str) -> Table:
     """How many times less a curve needs than the baseline for the accuracy of each of its frontier points."""
-    rows = [
-        {
-            "method": method(row["method"]),
-            "variant": text(row["variant"]),
-            "budget": text(_SHORT[row["budget"]]),
-            "baseline: W": number(row["against_width"]),
-            "baseline: L": number(row["against_max_tokens"]),
+
+    def cells(row: dict) -> dict[str, Cell]:
+        return {
             "accuracy": percent(row["accuracy"]),
             "baseline needs": _cost(row["at"], row["budget"]),
             "needs": _cost(row["needed"], row["budget"]),
             "times less": _times(row),
             "status": text(row["status"]),
         }
-        for row in ordered(frame, "budget", "at")
-    ]
+
+    return _against_table(frame, caption, cells)
+
+
+def equal_budget_table(frame: "pd.DataFrame", caption: str) -> Table:
+    """How accurate a curve is at the cost of each of the baseline's frontier points."""
+
+    def cells(row: dict) -> dict[str, Cell]:
+        return {
+            "budget of baseline": _cost(row["at"], row["budget"]),
+            "accuracy": percent(row["accuracy"]),
+            "of baseline": percent(row["against_accuracy"]),
+            "difference": _difference(row),
+            "status": text("not measured there" if is_missing(row["accuracy"]) else ""),
+        }
+
+    return _against_table(frame, caption, cells)
+
+
+def _against_table(frame: "pd.DataFrame", caption: str, cells: Callable[[dict], dict[str, Cell]]) -> Table:
+    """A row a curve, budget and frontier point of the baseline: which one it is, then what `cells` says of the row."""
+    rows = []
+    for row in ordered(frame, "budget", "at"):
+        baseline = {"baseline: W": number(row["against_width"]), "baseline: L": number(row["against_max_tokens"])}
+        rows.append(_curve(row) | {"budget": text(_SHORT[row["budget"]])} | baseline | cells(row))
     return table(caption, rows)
 
 
@@ -167,24 +198,8 @@ def _times(row: dict) -> Cell:
     return Cell(f"{shown.text} [{row['low']:.2f}, {row['high']:.2f}]", shown.value)
 
 
-def equal_budget_table(frame: "pd.DataFrame", caption: str) -> Table:
-    """How accurate a curve is at the cost of each of the baseline's frontier points."""
-    rows = [
-        {
-            "method": method(row["method"]),
-            "variant": text(row["variant"]),
-            "budget": text(_SHORT[row["budget"]]),
-            "baseline: W": number(row["against_width"]),
-            "baseline: L": number(row["against_max_tokens"]),
-            "budget of baseline": _cost(row["at"], row["budget"]),
-            "accuracy": percent(row["accuracy"]),
-            "of baseline": percent(row["against_accuracy"]),
-            "difference": percent(row["difference"], row["low"], row["high"], sign=True),
-            "status": text("not measured there" if is_missing(row["accuracy"]) else ""),
-        }
-        for row in ordered(frame, "budget", "at")
-    ]
-    return table(caption, rows)
+def _difference(row: dict) -> Cell:
+    return percent(row["difference"], row["low"], row["high"], sign=True)
 
 
 def _cost(value: Any, budget: str) -> Cell:
@@ -203,19 +218,13 @@ def versus_table(margins: "pd.DataFrame", accuracy: "pd.DataFrame", budgets: "pd
         same = [frame[(frame[keys] == [row[key] for key in keys]).all(axis=1)] for frame in (accuracy, budgets)]
         reached = same[0][same[0]["at_least"].notna()].sort_values("accuracy").tail(1).to_dict("records")
         covered = same[1][same[1]["difference"].notna()].sort_values("at").tail(1).to_dict("records")
-        wide = row["budget"]
-        cells = {"method": method(row["method"]), "variant": text(row["variant"]), "budget": text(_SHORT[wide])}
-        cells["margin"] = _margin(row)
+        cells = _curve(row) | {"budget": text(_SHORT[row["budget"]])} | _margin(row)
         cells["times less"] = _times(reached[0]) if reached else Cell("")
         cells["for accuracy"] = percent(reached[0]["accuracy"]) if reached else _status(same[0])
         cells["difference"] = _difference(covered[0]) if covered else Cell("")
-        cells["at a budget of"] = _cost(covered[0]["at"], wide) if covered else Cell("")
+        cells["at a budget of"] = _cost(covered[0]["at"], row["budget"]) if covered else Cell("")
         rows.append(cells)
-    return table(caption, rows)
-
-
-def _difference(row: dict) -> Cell:
-    return percent(row["difference"], row["low"], row["high"], sign=True)
+    return table(f"{caption}; {_RESTS_ON}", rows)
 
 
 def _status(rows: "pd.DataFrame") -> Cell:

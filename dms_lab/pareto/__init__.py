@@ -4,7 +4,7 @@ intervals   of one accuracy               frontiers   what curves say of each ot
 resampling  intervals of what is computed from whole curves, over seeds and problems, paired
 """
 
-from dms_lab.pareto.frontiers import AXES, accuracy_at, area, budget_at, common_interval, frontier, margin
+from dms_lab.pareto.frontiers import AXES, accuracy_at, area, budget_at, common_interval, frontier, held_share, margin
 from dms_lab.pareto.intervals import bootstrap_interval, mean_interval, seeds_interval, wilson_interval
 from dms_lab.pareto.resampling import (
     Cell,
@@ -25,6 +25,7 @@ __all__ = [
     "common_interval",
     "difference_intervals",
     "frontier",
+    "held_share",
     "interval_of",
     "margin",
     "margin_interval",

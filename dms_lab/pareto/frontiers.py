@@ -77,14 +77,36 @@ def margin(
     budget_b: Sequence[float],
     accuracy_b: Sequence[float],
     axis: str = "log2",
+    hold: bool = True,
 ) -> float:
     """Mean of A(x) - B(x) over the largest common interval of budgets, A and B linear between their frontier points.
 
-    `axis` says on which scale of the budget the interpolation and the mean are taken. NaN if the intervals do not meet.
-    Source: Lancucki et al. 2025, section 5 (their plots use log2). Raises `ValueError` for an unknown axis, points
-    that are not finite, or a budget that has no logarithm.
+    `axis` says on which scale of the budget the interpolation and the mean are taken. Without `hold` each frontier ends at
+    its last point, as in Lancucki et al. 2025, section 5 (their plots use log2); with it, at the largest budget that was
+    measured. NaN if the intervals do not meet. Raises `ValueError` for an unknown axis, points that are not finite, or a
+    budget that has no logarithm.
     """
-    return float(margins(held(budget_a, accuracy_a, axis), held(budget_b, accuracy_b, axis)))
+    ends = held if hold else rising
+    return float(margins(ends(budget_a, accuracy_a, axis), ends(budget_b, accuracy_b, axis)))
+
+
+def held_share(
+    budget_a: Sequence[float],
+    accuracy_a: Sequence[float],
+    budget_b: Sequence[float],
+    accuracy_b: Sequence[float],
+    axis: str = "log2",
+) -> float:
+    """How much of `margin`'s interval lies beyond the last frontier point of A or of B, as a share: there one is held.
+
+    An interval of one budget is held or not, 1 or 0. NaN if the intervals do not meet. Raises `ValueError` as `margin`
+    does.
+    """
+    low, high = _common(held(budget_a, accuracy_a, axis), held(budget_b, accuracy_b, axis))
+    _, last = _common(rising(budget_a, accuracy_a, axis), rising(budget_b, accuracy_b, axis))
+    if low > high:
+        return math.nan
+    return float((high - max(low, last)) / (high - low) if high > low else last < low)
 
 
 # -- of many sets of points at once ---------------------------------------------------------------------------------------

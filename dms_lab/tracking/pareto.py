@@ -65,5 +65,7 @@ def _summary(found: Comparison) -> dict[str, float]:
     for row in [] if found.margins is None else found.margins.to_dict("records"):
         if cell(row["margin"]) is not None:
             curve = " ".join(filter(None, (row["method"], row["variant"])))
-            numbers[f"margin/{row['model']}/{row['tasks']}/{curve}/{row['budget']}"] = row["margin"]
+            for name in ("margin", "margin_unheld", "held_share"):
+                if cell(row[name]) is not None:
+                    numbers[f"{name}/{row['model']}/{row['tasks']}/{curve}/{row['budget']}"] = row[name]
     return numbers
