@@ -68,12 +68,12 @@ def finish(point, *rows):
 
 
 class FakeSlurm:
-    """sbatch, squeue, sacct, scancel and srun that answer from files, and note how they were called."""
+    """sbatch, squeue, sacct, scancel, scontrol and srun that answer from files, and note how they were called."""
 
     def __init__(self, folder, monkeypatch):
         self.folder = folder
         folder.mkdir()
-        for name in ("sbatch", "squeue", "sacct", "scancel", "srun"):
+        for name in ("sbatch", "squeue", "sacct", "scancel", "srun", "scontrol"):
             self.answer(name, "")
             script = folder / name
             script.write_text(
@@ -81,6 +81,7 @@ class FakeSlurm:
             )
             script.chmod(script.stat().st_mode | stat.S_IXUSR)
         self.answer("sbatch", "Submitted batch job 7\n")
+        self.answer("scontrol", "MaxArraySize            = 1001\n")
         monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
     def answer(self, name, text, code=0):

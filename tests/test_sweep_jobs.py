@@ -30,6 +30,11 @@ def working_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def fake_slurm(working_folder, monkeypatch):
+    return FakeSlurm(working_folder / "slurm", monkeypatch)
+
+
 def rows_of(point):
     return [json.loads(line) for line in (Path(point.folder) / "results.jsonl").read_text().splitlines()]
 
@@ -169,6 +174,32 @@ def test_of_several_processes_the_first_alone_says_that_the_job_was_stopped(work
         job_of(point, working_folder)()
 
 
+SHOWN = "JobId=7 JobState=RUNNING\n   PreemptEligibleTime=2024-01-01T00:00:00 PreemptTime={}\n"
+
+
+@pytest.mark.parametrize(
+    ("stopped_by", "since", "comes_back"),
+    [("SIGTERM", "2024-01-01T00:01:00", True), ("SIGTERM", "None", False), ("SIGINT", "2024-01-01T00:01:00", False)],
+)
+def test_a_job_that_was_preempted_and_ends_by_itself_is_queued_again(
+    working_folder, base_folder, monkeypatch, fake_slurm, stopped_by, since, comes_back
+):
+    from dms_lab.training import run
+
+    point = one_point(*random_model(base_folder))
+    monkeypatch.setattr(run, "train", lambda config, **_: run.Outcome(Path(point.folder), False, stopped_by))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    fake_slurm.answer("scontrol", SHOWN.format(since))
+    called = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))  # submitit's ends the process
+    try:
+        with pytest.raises(steps.StoppedError):
+            job_of(point, working_folder)()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert called == ([signal.SIGUSR2] if comes_back else [])
+
+
 def test_a_job_that_is_queued_again_is_the_same_job(working_folder):
     from submitit.core.utils import DelayedSubmission
 
@@ -220,11 +251,6 @@ def test_a_record_of_jobs_that_a_kill_cut_off_is_read_without_its_last_line(work
 
 
 # -- Slurm -------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def fake_slurm(working_folder, monkeypatch):
-    return FakeSlurm(working_folder / "slurm", monkeypatch)
-
-
 def test_points_are_submitted_as_an_array_that_asks_for_their_resources(working_folder, fake_slurm):
     more = {"partition": "gpu", "account": "me", "timeout_min": 30, "array_parallelism": 3, "setup": ["module load cuda"]}
     sweep = sweep_of([*TINY, "seed=0,1"], cluster="slurm", resources=more | {"additional_parameters": {"nice": 5}})

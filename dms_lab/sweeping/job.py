@@ -22,6 +22,7 @@ from dms_lab.config import TrainConfig, config_hash, resolve
 from dms_lab.sweep_config import Resources
 from dms_lab.sweeping.evaluations import evaluation_hash, resolve_evaluation
 from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.preemption import come_back_if_preempted
 from dms_lab.sweeping.steps import OwnEvaluation, Step, StoppedError, Training, evaluation_step
 
 LOCK = "run.lock"
@@ -57,10 +58,15 @@ class PointJob:
                 with suppress(StoppedError):  # by raising it, srun might end the first before that has queued the job again
                     remaining[0].run()
             return
-        with locked(self.folder):
-            for step in remaining:
-                if not step.is_done():
-                    step.run()
+        try:
+            with locked(self.folder):
+                for step in remaining:
+                    if not step.is_done():
+                        step.run()
+        except StoppedError as error:
+            if error.signal == "SIGTERM":
+                come_back_if_preempted()
+            raise
 
     def checkpoint(self) -> Any:
         """The same job again: what it goes on from are files."""

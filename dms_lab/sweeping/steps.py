@@ -28,6 +28,10 @@ class StoppedError(RuntimeError):
 
     exit_code = 128 + signal.SIGTERM
 
+    def __init__(self, sentence: str, signal_name: str | None = None) -> None:
+        super().__init__(sentence)
+        self.signal = signal_name
+
 
 @dataclass(frozen=True)
 class Training:
@@ -55,7 +59,8 @@ class Training:
 
         outcome = train(self.config, progress=False, notice_seconds=self.notice_seconds)
         if not outcome.finished:
-            raise StoppedError(f"stopped by {outcome.stopped_by}; the next job for {outcome.folder} goes on from there")
+            sentence = f"stopped by {outcome.stopped_by}; the next job for {outcome.folder} goes on from there"
+            raise StoppedError(sentence, outcome.stopped_by)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,18 @@ def test_preemption_sends_jobs_back_and_they_go_on_from_what_they_saved(lab: Lab
     assert_undisturbed(lab, undisturbed)
 
 
+def test_a_preempted_job_that_ends_within_its_time_of_grace_is_queued_again(lab: Lab, undisturbed: Undisturbed):
+    lab.describe(TWO, partition="graced")
+    submitted = lab.submit()
+    lab.halt(submitted)
+    began = time.monotonic()
+    lab.preempt()  # wakes them, to tell them
+    lab.wait_for_requeue(100)
+    assert time.monotonic() - began < 100  # long before Slurm would have done so
+    lab.complete()
+    assert_undisturbed(lab, undisturbed)
+
+
 def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(lab: Lab, undisturbed: Undisturbed):
     lab.describe(swept(windows=(2,), seeds=(0,)), timeout_min=2, signal_delay_s=5)
     submitted = lab.submit()
