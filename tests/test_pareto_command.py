@@ -139,6 +139,42 @@ def test_scores_that_were_published_stand_beside_the_measured_ones(tmp_path, cap
     assert "AIME24" not in text, "by the project's names"
 
 
+def test_published_scores_are_held_against_single_chains_alone_and_an_unknown_length_is_told(tmp_path, capsys, undrawn):
+    known = {"model": "qwen3_8b", "task": "dms_aime24", "max_tokens": 32768, "method": "full", "target_cr": 1.0}
+    results.append(tmp_path / results.RESULTS, [a_result(width=8, accuracy=0.9375, **known)])
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    table = text[text.index("Published beside measured") :]
+    assert "75.0" in table
+    assert "not stated" in table
+    assert "93.8" not in table, "eight chains are not one"
+
+
+def test_what_was_published_of_tasks_that_are_not_ours_is_told(tmp_path, capsys, undrawn):
+    row = a_result(model="llama32_1b", task="gsm8k", method="full", target_cr=1.0, width=1, max_tokens=256)
+    results.append(tmp_path / results.RESULTS, [row])
+    assert main([str(tmp_path)]) == 0
+    told = "of GSM8K, HellaSwag, MMLU, NIAH-3k, NIAH-4k, NIAH-8k, VT-3k, VT-4k, VT-8k there are published scores"
+    assert told in " ".join(capsys.readouterr().out.split())
+    assert told in (tmp_path / "report.html").read_text()
+
+
+def test_a_mean_over_tasks_of_which_one_margin_was_not_published_is_told(tmp_path, capsys, undrawn):
+    known = {"model": "qwen_r1_7b", "width": 1, "max_tokens": 32768}
+    rows = [
+        a_result(task=task, method=method, target_cr=cr, **known)
+        for task in ("dms_aime24", "dms_gpqa_diamond")
+        for method, cr in (("full", 1.0), ("quest", 4.0))
+    ]
+    results.append(tmp_path / results.RESULTS, rows)
+    assert main([str(tmp_path)]) == 0
+    told = (
+        "no published margin in kv_reads of quest stands beside the mean over dms_aime24, dms_gpqa_diamond: there is none"
+    )
+    assert f"{told} of dms_gpqa_diamond" in " ".join(capsys.readouterr().out.split())
+    assert told in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("scores", "num_seeds", "accuracies", "between"),
     [

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dms_lab import plots
 from dms_lab.pareto import frontier
 from dms_lab.plots import axes, interactive, style
+from dms_lab.plots import margins as margins_module
 
 METHODS = [
     "full",
@@ -199,8 +200,19 @@ def test_published_scores_are_hollow_and_only_where_model_and_tasks_are_the_same
     for elsewhere in (frames.published("qwen3_8b"), frames.published().assign(task="dms_math500"), None):
         panel = plots.ratio_figure(points, elsewhere).axes[0]
         assert not [line for line in panel.lines if line.get_markerfacecolor() == "white"]
+    wide = points[points["width"] > 1]
+    assert plots.ratio.published_means(frames.published(), plots.ratio.equal_length(wide)).empty, "not of single chains"
     both = points.assign(tasks="dms_aime24, dms_math500")
     assert plots.ratio.published_means(frames.published(), both).empty, "a mean over two tasks is none over one of them"
+
+
+def test_the_legend_says_where_the_length_of_published_chains_is_not_stated():
+    unknown = frames.published().assign(max_tokens=None)
+    for elsewhere, said in ((frames.published(), "published"), (unknown, "published, length not stated")):
+        (legend,) = plots.ratio_figure(frames.points(), elsewhere).legends
+        assert f"DMS, {said}" in {text.get_text() for text in legend.get_texts()}
+        names = {trace.name for trace in interactive.ratio(frames.points(), elsewhere).data}
+        assert {f"DMS, {said}", f"TOVA, {said}"} <= names
 
 
 # -- margins -------------------------------------------------------------------------------------------------------------
@@ -226,6 +238,36 @@ def test_a_published_margin_stands_beside_the_bar_of_its_model_method_and_tasks(
     reads, peaks, _ = plots.margins_figure(frames.margins(), published).axes
     assert [list(line.get_xdata()) for line in reads.lines if line.get_marker() == "D"] == [[pytest.approx(10.6)]] * 2
     assert not [line for line in peaks.lines if line.get_marker() == "D"]
+
+
+def test_a_mean_of_published_margins_is_over_all_tasks_of_the_curve_or_there_is_none():
+    known = {"budget": "kv_reads", "model": "qwen_r1_1_5b", "method": "dms", "against": "full"}
+    values = {"dms_aime24": 0.1, "dms_math500": 0.3, "dms_gpqa_diamond": float("nan")}
+    elsewhere = pd.DataFrame([known | {"task": task, "margin": margin} for task, margin in values.items()])
+    rows = frames.margins().query("method == 'dms' and budget == 'kv_reads'").head(1)
+    for tasks, mean, lacking in (
+        ("dms_aime24, dms_math500", 0.2, []),
+        ("dms_aime24, dms_gpqa_diamond", None, ["dms_gpqa_diamond"]),
+        ("dms_aime24, dms_livecodebench", None, ["dms_livecodebench"]),
+        ("dms_gpqa_diamond", None, []),
+    ):
+        mine = rows.assign(tasks=tasks)
+        assert margins_module.published_margin(elsewhere, mine, "kv_reads") == (mean and pytest.approx(mean))
+        assert margins_module.unpublished_tasks(elsewhere, mine, "kv_reads") == lacking
+        drawn = plots.margins_figure(mine, elsewhere).axes[0]
+        assert len([line for line in drawn.lines if line.get_marker() == "D"]) == (mean is not None)
+        names = [trace.name for trace in interactive.margins(mine, elsewhere).data]
+        assert ("KV reads, published" in names) == (mean is not None)
+
+
+def test_beside_a_bar_stands_the_margin_without_what_is_held():
+    rows = frames.margins().query("method == 'dms'").head(3)
+    reads = plots.margins_figure(rows).axes[0]
+    assert [list(line.get_xdata()) for line in reads.lines if line.get_label() == "not held"] == [[pytest.approx(7.5)]]
+    (trace,) = (trace for trace in interactive.margins(rows).data if trace.name == "KV reads, not held")
+    assert list(trace.x) == [pytest.approx(7.5)]
+    without = plots.margins_figure(rows.assign(margin_unheld=np.nan)).axes[0]
+    assert not [line for line in without.lines if line.get_label() == "not held"]
 
 
 # -- retention -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class Analysis:
     """Frames of `comparison` for one frame of results; `margins_by_cr` has a curve for each CR of a method.
 
-    Frames against the baseline are empty where only perplexities were measured. `published_scores` and `published_margins`
-    are what was published of the models in `frame`.
+    Frames against the baseline are empty where only perplexities were measured, or the baseline alone. `published_scores`
+    and `published_margins` are what was published of the models in `frame`.
     """
 
     frame: "pd.DataFrame"
@@ -47,12 +47,13 @@ def analyse(frame: "pd.DataFrame", against: str = "full", within: float = 0.0) -
     models = set(frame["model"])
     versus = [pd.DataFrame(columns=["model", "tasks", name]) for name in ("margin", "margin", "at_least", "difference")]
     if points["accuracy"].notna().any():
-        versus = [
+        found = [
             comparison.margins(frame, against),
             comparison.margins(frame, against, by="target_cr"),
             comparison.equal_accuracy(frame, against, within=within),
             comparison.equal_budget(frame, against),
         ]
+        versus = [table if len(table) else empty for table, empty in zip(found, versus, strict=True)]
     scores, margins = published.scores(), published.margins()
     scores, margins = scores[scores["model"].isin(models)], margins[margins["model"].isin(models)]
     return Analysis(frame, against, within, points, *versus, scores, margins, comparison.warnings_of(frame))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dms_lab import comparison
+from dms_lab import comparison, published
 from dms_lab.html_report import tables
 from dms_lab.html_report.analysis import Analysis
 from dms_lab.html_report.page import Details, Key, Page, Plot, Section, Table
@@ -20,6 +20,7 @@ from dms_lab.plots import (
     retention_figure,
     save_figure,
 )
+from dms_lab.plots.margins import unpublished_tasks
 from dms_lab.plots.ratio import equal_length
 from dms_lab.plots.style import Marker
 
@@ -75,8 +76,9 @@ def _comparison_section(analysis: Analysis, name: str, points: "pd.DataFrame") -
         for budget, title in BUDGETS.items()
         if (points["accuracy"].notna() & (points[budget] > 0)).any()
     ]
-    if len(equal_length(points)):
-        what = "Accuracy of single chains of equal length in percent against the compression ratio; hollow: published"
+    if len(alike := equal_length(points)):
+        chains = "single chains" if (width := alike["width"].iloc[0]) == 1 else f"{width} chains together"
+        what = f"Accuracy of {chains} of equal length in percent against the compression ratio; hollow: published"
         plots.append(Plot("Accuracy against compression at equal length", what, interactive.ratio(points, scores)))
     mine = _of(analysis.margins, points)
     if mine["margin"].notna().any():
@@ -204,18 +206,49 @@ def _versus_section(analysis: Analysis) -> list[Section]:
 
 
 def published_beside(analysis: Analysis) -> Table | None:
-    """The table of published scores beside measured ones; None if there are none."""
+    """The table of published scores beside measured ones of single chains; None if there are none."""
     frame, scores = analysis.frame, analysis.published_scores
-    tasks = [task for task in sorted(frame["task"].unique()) if (scores["task"] == task).any()]
-    return tables.published_table(
-        {task: equal_length(comparison.curve_points(frame[frame["task"] == task])) for task in tasks}, scores
-    )
+    measured = {}
+    for task in sorted(frame["task"].unique()):
+        if (scores["task"] == task).any():
+            rows = equal_length(comparison.curve_points(frame[frame["task"] == task]))
+            measured[task] = rows[rows["width"] == 1]
+    return tables.published_table(measured, scores)
+
+
+def published_notes(analysis: Analysis) -> list[str]:
+    """What was published of these models, and cannot stand beside what was measured: sentences."""
+    said = []
+    others = analysis.published_scores[~analysis.published_scores["task"].isin(published.TASKS.values())]
+    for model, rows in others.groupby("model"):
+        names = ", ".join(sorted(set(rows["task"])))
+        said.append(
+            f"{model}: of {names} there are published scores under names of the paper, and no task here that is certain to "
+            "be the same: nothing is compared with them"
+        )
+    for (model, method, variant, tasks, budget), rows in analysis.margins.groupby(_CURVE) if len(analysis.margins) else ():
+        lacking = unpublished_tasks(analysis.published_margins, rows, budget)
+        if lacking:
+            said.append(
+                f"{model}: no published margin in {budget} of {comparison.label(method, variant)} stands beside the mean "
+                f"over {tasks}: there is none of {', '.join(lacking)}"
+            )
+    return said
+
+
+_CURVE = ["model", "method", "variant", "tasks", "budget"]
 
 
 def _published_section(analysis: Analysis) -> list[Section]:
-    shown = published_beside(analysis)
-    text = "Of single chains at the longest limit that was measured; L says where lengths differ."
-    return [Section("Published beside measured", [text], tables=[shown])] if shown else []
+    shown, notes = published_beside(analysis), published_notes(analysis)
+    text = (
+        "Scores of single chains, at the longest limit that was measured of these; L says where lengths differ. Published "
+        "margins are of frontiers that end at their last points: hold them against what is called not held."
+    )
+    if shown is None and not notes:
+        return []
+    said = [text, *(f"{note}." for note in notes)] if shown else [f"{note}." for note in notes]
+    return [Section("Published beside measured", said, tables=[shown] if shown else [])]
 
 
 def _texts_section(analysis: Analysis) -> list[Section]:
@@ -253,8 +286,9 @@ def summary(analysis: Analysis) -> list[Table]:
 
 
 def notes(analysis: Analysis) -> list[str]:
-    """What there is to say of models and tasks that cannot be held against the baseline."""
-    return [f"{name}: {_apart(analysis)}" for name, points in _parts(analysis).items() if not _meets(analysis, points)]
+    """What there is to say of what cannot be held against the baseline, or against what was published."""
+    apart = [f"{name}: {_apart(analysis)}" for name, points in _parts(analysis).items() if not _meets(analysis, points)]
+    return [*apart, *published_notes(analysis)]
 
 
 def write_tables(analysis: Analysis, folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _SHORT = {"kv_reads": "KV reads", "peak_tokens": "peak", "kv_bytes_peak": "peak memory"}
 _BUDGETS = list(_SHORT)
 _NOWHERE = Cell("no common budget")
+_NOT_STATED = Cell("not stated")
 _RESTS_ON = "held: the share of the budgets beyond a frontier's last point; area: under the curve, in points x doublings"
 
 
@@ -234,7 +235,7 @@ def _status(rows: "pd.DataFrame") -> Cell:
 def published_table(points_by_task: dict[str, "pd.DataFrame"], scores: "pd.DataFrame") -> Table | None:
     """Published scores beside what was measured of the same model, task, method and CR, of single chains at their longest.
 
-    None if nothing of these models and tasks was published.
+    How long published chains were is "not stated" for some. None if nothing of these models and tasks was published.
     """
     rows = []
     for task, points in points_by_task.items():
@@ -253,7 +254,7 @@ def published_table(points_by_task: dict[str, "pd.DataFrame"], scores: "pd.DataF
                         "published": percent(score["accuracy"]),
                         "measured": percent(measured, row.get("accuracy_low"), row.get("accuracy_high")),
                         "difference": percent(None if is_missing(measured) else measured - score["accuracy"], sign=True),
-                        "published: L": number(score["max_tokens"]),
+                        "published: L": _NOT_STATED if is_missing(score["max_tokens"]) else number(score["max_tokens"]),
                         "measured: L": number(row.get("max_tokens")),
                         "source": text(score["source"]),
                     }

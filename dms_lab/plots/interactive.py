@@ -77,13 +77,15 @@ def ratio(points: "pd.DataFrame", published: "pd.DataFrame | None" = None, title
     for curve, look in looks(rows).items():
         figure.add_trace(_curve(rows[_is(rows, curve)].sort_values("target_cr"), "target_cr", look, "lines+markers"))
     elsewhere = published_means(published, rows)
-    for method, look in looks_of_methods(elsewhere["method"]).items():
-        mine = elsewhere[elsewhere["method"] == method]
+    groups = {name: mine for name, mine in elsewhere.groupby(["method", "said"])}
+    styles = looks_of_methods(elsewhere["method"])
+    for (method, said), mine in sorted(groups.items(), key=lambda group: (list(styles).index(group[0][0]), group[0][1])):
+        look = styles[method]
         figure.add_scatter(
             x=mine["compression_ratio"],
             y=100 * mine["accuracy"],
             mode="markers",
-            name=f"{escape(look.name)}, published",
+            name=f"{escape(look.name)}, {said}",
             legendgroup=look.name,
             hovertemplate="%{fullData.name}: %{y:.1f} % at CR %{x}<extra></extra>",
             marker={"symbol": f"{look.symbol}-open", "color": look.colour, "size": 12, "line": {"width": 2}},
@@ -118,6 +120,16 @@ def margins(rows: "pd.DataFrame", published: "pd.DataFrame | None" = None) -> "F
             marker={"color": [look.colour for look in shown], "pattern": {"shape": pattern}},
             hovertemplate="%{y}: %{x:.1f} points<extra>%{fullData.name}</extra>",
         )
+        unheld = mine[mine["margin_unheld"].notna()]
+        if len(unheld):
+            figure.add_scatter(
+                y=[escape(styles[curve].name) for curve in unheld.index],
+                x=100 * unheld["margin_unheld"],
+                mode="markers",
+                name=f"{short(budget)}, not held",
+                marker={"symbol": "line-ns-open", "color": _ERROR, "size": 14, "line": {"width": 3}},
+                hovertemplate="%{y}: %{x:.1f} points<extra>%{fullData.name}</extra>",
+            )
         elsewhere = {curve: published_margin(published, rows[_is(rows, curve)], budget) for curve in mine.index}
         elsewhere = {curve: value for curve, value in elsewhere.items() if value is not None}
         if elsewhere:

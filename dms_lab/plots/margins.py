@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 def margins_figure(margins: "pd.DataFrame", published: "pd.DataFrame | None" = None) -> "Figure":
     """A bar for each curve, a panel for each budget of `comparison.margins`, in points, with intervals.
 
-    Hollow diamonds are published margins (`published.margins`) of the same model, method, baseline and tasks. Curves that
-    share no budget with the baseline say so. Raises `ValueError` if no curve has a margin.
+    Hollow diamonds are published margins (`published.margins`) of the same model, method, baseline and tasks. They are of
+    frontiers that end at their last points, and so is the tick on a bar (`margin_unheld`); the bar itself is of frontiers
+    that are held. Curves that share no budget with the baseline say so. Raises `ValueError` if no curve has a
+    margin.
     """
     found = margins[margins["margin"].notna()]
     if found.empty:
@@ -55,14 +57,31 @@ def short(budget: str) -> str:
 
 
 def published_margin(published: "pd.DataFrame | None", rows: "pd.DataFrame", budget: str) -> float | None:
-    """The mean of published margins over the tasks of a curve's `rows`, if each was published of its model and method."""
+    """The mean of published margins over the tasks of a curve's `rows`; None unless there is one for each of the tasks."""
+    found = _published(published, rows, budget)
+    return sum(found.values()) / len(found) if found and set(found) == _tasks(rows) else None
+
+
+def unpublished_tasks(published: "pd.DataFrame | None", rows: "pd.DataFrame", budget: str) -> list[str]:
+    """The tasks for want of which `published_margin` is None; [] where it is not, or where nothing was published."""
+    found = _published(published, rows, budget)
+    return sorted(_tasks(rows) - set(found)) if found else []
+
+
+def _tasks(rows: "pd.DataFrame") -> set[str]:
+    return set(rows.iloc[0].get("tasks", "").split(", "))
+
+
+def _published(published: "pd.DataFrame | None", rows: "pd.DataFrame", budget: str) -> dict[str, float]:
+    """The published margins of a curve's model, method and baseline by task; a task without a number is left out."""
     if published is None:
-        return None
+        return {}
     curve = rows.iloc[0]
-    tasks = set(curve.get("tasks", "").split(", "))
     same = (published[["model", "method", "against"]] == curve[["model", "method", "against"]]).all(axis=1)
-    found = published[same & (published["budget"] == budget) & published["task"].isin(tasks)]
-    return float(found["margin"].mean()) if len(found) and set(found["task"]) == tasks else None
+    found = published[same & (published["budget"] == budget) & published["task"].isin(_tasks(rows))].dropna(
+        subset=["margin"]
+    )
+    return dict(zip(found["task"], found["margin"], strict=True))
 
 
 def _bar(panel: "Axes", place: int, row: "pd.DataFrame", look: Look) -> None:
@@ -78,6 +97,9 @@ def _bar(panel: "Axes", place: int, row: "pd.DataFrame", look: Look) -> None:
             color="#555555",
         )
         return
+    unheld = float(row["margin_unheld"].iloc[0])
+    if unheld == unheld:
+        panel.plot(100 * unheld, place, "|", color="black", markersize=9, zorder=3, label="not held")
     panel.barh(place, 100 * value, height=0.65, color=look.colour, alpha=0.85, hatch=look.hatch, edgecolor="white")
     if low == low and high == high:
         ends = [[max(0.0, 100 * (value - low))], [max(0.0, 100 * (high - value))]]

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+UNSTATED = "published, length not stated"
+
 
 def equal_length(points: "pd.DataFrame") -> "pd.DataFrame":
     """The points of single chains at the longest limit of each model and set of tasks, with an accuracy and a target CR.
@@ -27,8 +29,8 @@ def equal_length(points: "pd.DataFrame") -> "pd.DataFrame":
 def ratio_figure(points: "pd.DataFrame", published: "pd.DataFrame | None" = None, title: str = "accuracy (%)") -> "Figure":
     """Accuracy of single chains of equal length against the target CR, a panel a model and set of tasks.
 
-    Hollow markers are published scores (`published.scores`) of the same model on all of the same tasks. Raises `ValueError`
-    without any point.
+    Hollow markers are published scores (`published.scores`) of single chains of the same model on all of the same tasks;
+    the legend says where their length is not stated. Raises `ValueError` without any point.
     """
     rows = equal_length(points)
     if rows.empty:
@@ -46,7 +48,10 @@ def ratio_figure(points: "pd.DataFrame", published: "pd.DataFrame | None" = None
             panel.set_title(wrapped(part))
         places[0].set_ylabel(title)
         handles = {look.name: handle(look) for look in styles.values()}
-        handles |= {f"{look.name}, published": handle(look, line=False, hollow=True) for look in others.values()}
+        shown = {tuple(row) for means in elsewhere.values() for row in means[["method", "said"]].to_numpy()}
+        for method, look in others.items():
+            for said in sorted(said for name, said in shown if name == method):
+                handles[f"{look.name}, {said}"] = handle(look, line=False, hollow=True)
         legend_below(figure, handles)
     return figure
 
@@ -54,17 +59,20 @@ def ratio_figure(points: "pd.DataFrame", published: "pd.DataFrame | None" = None
 def published_means(published: "pd.DataFrame | None", rows: "pd.DataFrame") -> "pd.DataFrame":
     """Published means over the tasks of `rows`, of the model of `rows`: those that were published for each of the tasks.
 
-    Of chains as long as those of `rows`, where it was said how long they were. Columns: method, compression_ratio, window,
+    Of single chains, so there are none unless `rows` are of such, and as long as those of `rows` where it was said how long
+    they were: `said` is "published", or that and "length not stated". Columns: method, compression_ratio, window, said,
     accuracy.
     """
     import pandas as pd
 
-    by = ["method", "compression_ratio", "window"]
-    if published is None or rows.empty:
+    by = ["method", "compression_ratio", "window", "said"]
+    if published is None or rows.empty or (rows["width"] != 1).any():
         return pd.DataFrame(columns=[*by, "accuracy"])
     tasks = set(rows["tasks"].iloc[0].split(", "))
     found = published[(published["model"] == rows["model"].iloc[0]) & published["task"].isin(tasks)]
+    found = found[found["width"].isna() | (found["width"] == 1)]
     found = found[found["max_tokens"].isna() | (found["max_tokens"] == rows["max_tokens"].iloc[0])]
+    found = found.assign(said=found["max_tokens"].map(lambda length: UNSTATED if pd.isna(length) else "published"))
     means = found.groupby(by, as_index=False, dropna=False).agg(accuracy=("accuracy", "mean"), tasks=("task", "nunique"))
     return means[means["tasks"] == len(tasks)].drop(columns="tasks")
 

@@ -1,8 +1,10 @@
 """What others published, to hold against what is measured here: accuracies, margins, the cost of a retrofit.
 
 The CSV files beside this one are as printed, in percent, each row with its source. What is returned has shares, and the
-project's names of models and tasks (`MODELS`, `TASKS`) where it has one; other names stay the paper's. What full attention
-scores by its own model's card, to check a pipeline against, is in `evaluation.benchmarks`.
+project's names of models and tasks (`MODELS`, `TASKS`) where it has one. Other names stay the paper's, and nothing that is
+measured here is compared with them: its needles (NIAH-4k) and variables (VT-4k) are made otherwise than those of
+`evaluation.ruler`, and how it asked GSM8K, MMLU, HellaSwag and others is not known. What full attention scores by its own
+model's card, to check a pipeline against, is in `evaluation.benchmarks`.
 """
 
 import csv
@@ -56,7 +58,9 @@ def scores(model: str | None = None) -> "pd.DataFrame":
 def margins(model: str | None = None) -> "pd.DataFrame":
     """Published mean differences of accuracy at equal budget: budget, task, model, method, against, margin, source.
 
-    As `comparison.margins` defines them; budget is kv_reads, peak_tokens or throughput. NaN: budgets that do not meet.
+    Budget is kv_reads, peak_tokens or throughput. Over the largest range of budgets that both frontiers cover, each to its
+    last point: `margin_unheld` of `comparison.margins` is defined so, its `margin` is not. On which axis the mean was taken
+    is not said. NaN where the table has no number.
     """
     return _frame(list(_rows("margins.csv")), ["budget", "task", "model", "method", "against", "margin", "source"], model)
 
