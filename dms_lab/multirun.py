@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,6 +67,7 @@ class Multirun(Callback):
         from hydra.errors import HydraException
 
         from dms_lab.sweeping.asked import read_asked
+        from dms_lab.sweeping.launcher import recorded
 
         try:
             self._asked = read_asked(config)
@@ -74,17 +76,21 @@ class Multirun(Callback):
         except (ValueError, HydraException) as error:
             sys.exit(f"error: {str(error).removeprefix('parts[0]').lstrip(',: ')}")
         shutil.rmtree(self._folder / OUTCOMES, ignore_errors=True)
+        self._recording = ExitStack()
+        if self._asked.cluster == "slurm" and self._asked.name is not None:
+            self._recording.enter_context(recorded(self._asked, self._points))
         Multirun.unfinished = self
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Lists the points that failed; with any, the exit status is 1."""
         Multirun.unfinished = None
+        self._recording.close()
         if self.finish():
             sys.exit(1)
 
     def _prepare(self, config: DictConfig) -> "list[Point]":
         from dms_lab.sweeping.asked import keep_sweep
-        from dms_lab.sweeping.launcher import check_local, set_launcher
+        from dms_lab.sweeping.launcher import check_free, check_local, set_launcher
         from dms_lab.sweeping.points import expand
 
         asked = self._asked
@@ -101,6 +107,8 @@ class Multirun(Callback):
             if shutil.which("sbatch") is None:
                 raise ValueError("cluster=slurm submits by sbatch, which is not installed here")
             set_launcher(config, asked.sweep, points)
+            if asked.name is not None and asked.search is None:
+                check_free(asked.sweep, points)
         else:
             check_local(points)
         if asked.name is not None and asked.search is None:
@@ -129,9 +137,11 @@ class Multirun(Callback):
         multirun, cls.unfinished = cls.unfinished, None
         if multirun is None:
             return
+        multirun._recording.close()
         multirun.finish()
         if multirun._asked.cluster == "slurm":
-            print("jobs that are queued or run go on without this command; squeue shows them", file=sys.stderr)
+            told = "squeue" if multirun._asked.name is None else f"dms_lab.sweep status {multirun._asked.sweep.folder}"
+            print(f"jobs that are queued or run go on without this command; {told} shows them", file=sys.stderr)
 
 
 def tell_family(points: "Sequence[Point]") -> None:

@@ -17,15 +17,17 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
+from sweep_cases import FakeSlurm
 
 from dms_lab import train
 from dms_lab.config import DataConfig
 from dms_lab.multirun import tell_family
 from dms_lab.sweep_config import build_sweep
-from dms_lab.sweeping.asked import read_asked, sweep_of
-from dms_lab.sweeping.launcher import set_launcher
+from dms_lab.sweeping.asked import keep_sweep, read_asked, sweep_of
+from dms_lab.sweeping.launcher import check_free, set_launcher
 from dms_lab.sweeping.objectives import objectives
 from dms_lab.sweeping.points import expand
+from dms_lab.sweeping.records import load_jobs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:.* found in sys.modules:RuntimeWarning")  # run here, for speed
@@ -272,6 +274,48 @@ def submitted(monkeypatch, tmp_path):
         return options, executor.max_num_timeout, [line for line in lines if line.startswith("srun")]
 
     return submit
+
+
+def test_jobs_of_hydras_launcher_are_in_the_sweeps_record_in_which_status_and_submit_look(tmp_path, monkeypatch, capsys):
+    submitit = pytest.importorskip("submitit")
+    from types import SimpleNamespace
+
+    from dms_lab.sweep import main
+    from dms_lab.sweeping.launcher import recorded
+
+    monkeypatch.chdir(tmp_path)
+    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    jobs = [SimpleNamespace(job_id=f"7_{i}", paths=SimpleNamespace(stderr=f"7_{i}.err")) for i in range(2)]
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", lambda self, *_: jobs)
+    words = ["model=tiny", "seed=0,1", "cluster=slurm", "sweep=x"]
+    with multirun_config(*words) as config:
+        asked = read_asked(config)
+    points = expand(asked.sweep)
+    keep_sweep(asked.sweep, points)
+    plain = submitit.AutoExecutor.map_array
+    with recorded(asked, points):
+        overrides = [["model=tiny", f"seed={seed}", "cluster=slurm", "sweep=x"] for seed in (0, 1)]
+        assert submitit.AutoExecutor.map_array(None, print, overrides, ["dir"] * 2) == jobs
+    assert submitit.AutoExecutor.map_array is plain
+    noted = load_jobs(asked.sweep)
+    assert [(job.job_id, job.hash) for job in noted] == [(f"7_{i}", point.hash) for i, point in enumerate(points)]
+
+    fake.answer("squeue", "7_0 RUNNING 0 2:00 None\n7_1 PENDING 0 0:00 Priority\n")
+    assert main(["status", "experiments/x"]) == 0
+    assert "1 running, 1 pending of 2 points" in capsys.readouterr().out
+    assert main(["submit", "experiments/x"]) == 0
+    assert fake.calls("sbatch") == []
+    with pytest.raises(ValueError, match=r"2 of 2 points are queued or running already, as tiny-.* \(job 7_0\)"):
+        check_free(asked.sweep, points)
+    assert main(["cancel", "experiments/x"]) == 0
+    assert fake.calls("scancel") == [f"--name=dms-x --user={os.getuid()} 7_0 7_1"]
+
+    fake.answer("squeue", "7_0 COMPLETED 0 2:00 None\n7_1 COMPLETED 0 2:00 None\n")
+    (asked.sweep.records / "outcomes").mkdir()
+    failure = {"overrides": list(points[1].overrides), "error": "no weights for a/b"}
+    (asked.sweep.records / "outcomes" / "00001.json").write_text(json.dumps(failure))
+    assert main(["status", "experiments/x"]) == 1
+    assert f"failed {points[1].name}: no weights for a/b" in capsys.readouterr().out
 
 
 def test_a_job_asks_for_what_its_model_needs_swept_or_not(submitted):

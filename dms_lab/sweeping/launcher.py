@@ -5,15 +5,19 @@ defaults, and only what is not swept can be interpolated. So it is filled in her
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from dms_lab.sweep_config import SweepConfig
-from dms_lab.sweeping.points import Point
+from dms_lab.sweeping.asked import Asked, is_of_all, sweep_of
+from dms_lab.sweeping.points import Point, expand
+from dms_lab.sweeping.records import append_jobs, submitting
 from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
-from dms_lab.sweeping.slurm import job_name
+from dms_lab.sweeping.slurm import job_name, submitted
+from dms_lab.sweeping.state import point_states
 
 
 def set_launcher(config: DictConfig, sweep: SweepConfig, points: Sequence[Point]) -> None:
@@ -39,6 +43,48 @@ def set_launcher(config: DictConfig, sweep: SweepConfig, points: Sequence[Point]
     given = {word.partition("=")[0].lstrip("+~") for word in config.hydra.overrides.hydra}
     ours = {key: value for key, value in asked.items() if f"hydra.launcher.{key}" not in given}
     config.hydra.launcher = OmegaConf.to_container(config.hydra.launcher, resolve=False) | ours
+
+
+@contextmanager
+def recorded(asked: Asked, points: Sequence[Point]) -> Iterator[None]:
+    """Inside, jobs that Hydra's launcher submits are noted in the sweep's record, as those of `dms_lab.sweep submit` are.
+
+    Its launcher submits and waits in one call, so that it is submitit's own submission that is wrapped, and restored.
+    """
+    import submitit
+
+    sweep, plain = asked.sweep, submitit.AutoExecutor.map_array
+    by_words = {point.overrides: point for point in points}
+
+    def point_of(words: Sequence[str]) -> Point:
+        mine = tuple(word for word in words if not is_of_all(word))
+        if mine not in by_words:  # a trial, or a point that is given twice
+            [by_words[mine]] = expand(sweep_of(asked.command, mine, asked.name))
+        return by_words[mine]
+
+    def noting(executor: submitit.AutoExecutor, function: Any, overrides: Sequence[Any], *others: Any) -> list[Any]:
+        overrides = list(overrides)
+        with submitting(sweep):
+            jobs = plain(executor, function, overrides, *others)
+            append_jobs(sweep, [submitted(job, point_of(words)) for job, words in zip(jobs, overrides, strict=False)])
+        return jobs
+
+    submitit.AutoExecutor.map_array = noting
+    try:
+        yield
+    finally:
+        submitit.AutoExecutor.map_array = plain
+
+
+def check_free(sweep: SweepConfig, points: Sequence[Point]) -> None:
+    """Raises `ValueError` if jobs of an earlier submission are at points: Hydra would submit them once more."""
+    busy = [state for state in point_states(sweep, points) if state.is_active]
+    if busy:
+        job = f" (job {busy[0].job.job_id})" if busy[0].job else ""
+        raise ValueError(
+            f"{len(busy)} of {len(points)} points are queued or running already, as {busy[0].point.name}{job}: wait for "
+            f"them, or python -m dms_lab.sweep cancel {sweep.folder}; submit {sweep.folder} there adds what is missing"
+        )
 
 
 def _parameters(point: Point, sweep: SweepConfig) -> dict[str, Any]:

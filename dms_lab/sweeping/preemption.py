@@ -2,8 +2,9 @@
 
     preempted -> SIGTERM -> the training saves and ends -> [GraceTime later: SIGKILL, back into the queue]
 
-Slurm requeues a preempted job when its time of grace is over. One that has ended by itself until then is a job that failed or
-completed, and stays away; without GraceTime there is no such moment. SIGTERM alone says too little: `scancel` sends it, too.
+Slurm requeues a preempted job when its time of grace is over. One that has ended by itself until then is a job that failed
+or completed, and stays away; without GraceTime there is no such moment. SIGTERM alone says too little: `scancel` sends it,
+too.
 """
 
 import os

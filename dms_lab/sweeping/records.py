@@ -84,13 +84,16 @@ def last_jobs(sweep: SweepConfig) -> dict[str, Submitted]:
     return {job.hash: job for job in load_jobs(sweep)}
 
 
-def failures(sweep: SweepConfig) -> dict[tuple[str, ...], str]:
-    """Why points of the last multirun (`-m`) failed, by their overrides; it has no jobs of its own here."""
+def failures(sweep: SweepConfig) -> dict[tuple[str, ...], tuple[str, float]]:
+    """Why and when (seconds since 1970) points of the last multirun (`-m`) failed, by their overrides.
+
+    Its jobs in Slurm complete all the same: they tell it themselves.
+    """
     found = {}
     for path in sorted((sweep.records / "outcomes").glob("*.json")):
         outcome = json.loads(path.read_text())
         if outcome["error"]:
-            found[tuple(outcome["overrides"])] = outcome["error"]
+            found[tuple(outcome["overrides"])] = (outcome["error"], path.stat().st_mtime)
     return found
 
 

@@ -32,7 +32,7 @@ def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
     for point in points:
         kinds.setdefault(_kind(point, sweep, cluster), []).append(point)
     logs = (sweep.records / "slurm").absolute()
-    submitted: list[Submitted] = []
+    found: list[Submitted] = []
     for members in kinds.values():
         resources = resources_of(members[0], sweep, cluster)
         executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=resources.max_num_timeout)
@@ -41,13 +41,15 @@ def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
             jobs = _submit_array(executor, members, resources.signal_delay_s)
         except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
             raise ValueError(f"Slurm took no job: {error}") from error
-        noted = [
-            Submitted(job.job_id, "slurm", point.hash, point.folder, time.time(), str(job.paths.stderr))
-            for job, point in zip(jobs, members, strict=True)
-        ]
+        noted = [submitted(job, point) for job, point in zip(jobs, members, strict=True)]
         append_jobs(sweep, noted)
-        submitted += noted
-    return submitted
+        found += noted
+    return found
+
+
+def submitted(job, point: Point) -> Submitted:
+    """What is noted of a job of submitit that has just been submitted for a point."""
+    return Submitted(job.job_id, "slurm", point.hash, point.folder, time.time(), str(job.paths.stderr))
 
 
 def _submit_array(executor, points: Sequence[Point], notice_seconds: float) -> list:

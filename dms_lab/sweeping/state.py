@@ -68,11 +68,11 @@ def point_states(sweep: SweepConfig, points: Sequence[Point]) -> list[PointState
     return [_told(state, errors.get(state.point.overrides)) for state in found]
 
 
-def _told(state: PointState, error: str | None) -> PointState:
-    """The state of a point that no job was submitted for, if a multirun has tried it and failed."""
-    if error is None or state.state != "missing" or state.job is not None:
+def _told(state: PointState, failure: tuple[str, float] | None) -> PointState:
+    """The state of a point that no job is at, if a multirun has tried it since the last job was submitted, and failed."""
+    if failure is None or state.state != "missing" or (state.job is not None and state.job.submitted > failure[1]):
         return state
-    return replace(state, state="failed", reason=error)
+    return replace(state, state="failed", reason=failure[0])
 
 
 def is_done(point: Point) -> bool:
