@@ -459,9 +459,36 @@ def test_a_run_of_several_devices_is_started_by_torchrun_and_one_of_several_node
     assert supervisor.environment_of(spec, 1, 2)["CUDA_VISIBLE_DEVICES"] == "4,6"
     spec.write_text(json.dumps({"composed": {}}))
     assert [supervisor.environment_of(spec, place, 3)["CUDA_VISIBLE_DEVICES"] for place in range(3)] == ["4", "6", "4"]
+    spec.write_text(json.dumps({"composed": {"devices": 2}}))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert [supervisor.environment_of(spec, place, 2)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,1", "2,3"]
     sweep = sweep_of([*TINY, "num_nodes=2", "accumulate=2"])
     with pytest.raises(ValueError, match="num_nodes=2 needs cluster=slurm"):
         local.submit(sweep, expand(sweep))
+
+
+def test_points_at_a_time_take_the_machines_gpus_in_turn(batch, monkeypatch):
+    spec = batch / "0000.json"
+    spec.write_text(json.dumps({"composed": {}}))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    program = batch / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{batch}{os.pathsep}{os.environ['PATH']}")
+
+    def given(places):
+        return [supervisor.environment_of(spec, place, 3).get("CUDA_VISIBLE_DEVICES") for place in places]
+
+    program.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H100 (UUID: GPU-aa-0)'\necho 'GPU 1: NVIDIA H100 (UUID: GPU-bb-1)'\n"
+    )
+    program.chmod(0o755)
+    assert given(range(3)) == ["GPU-aa-0", "GPU-bb-1", "GPU-aa-0"]
+    program.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: GPU-aa-0)'\necho '  MIG 1g Device 0: (UUID: MIG-c)'\n")
+    assert given([0]) == [None]  # one is the only one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert given([0]) == [""]  # none, as somebody said
+    program.unlink()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert given([1]) == [None]
 
 
 def test_a_job_that_is_told_to_stop_ends_with_the_status_of_that(working_folder, monkeypatch):

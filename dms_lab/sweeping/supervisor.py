@@ -9,6 +9,8 @@ one, and a place is free when its process is dead, however that and its supervis
 import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,14 +155,31 @@ def command_of(spec: Path) -> list[str]:
 
 
 def environment_of(spec: Path, place: int, workers: int) -> dict[str, str]:
-    """The environment of a job at a place: of several GPUs in CUDA_VISIBLE_DEVICES, a run of one process gets one."""
+    """The environment of a job at a place: as many GPUs as its run has processes, the next ones for the next place.
+
+    They are those of CUDA_VISIBLE_DEVICES, or all that there are. Places share GPUs where there are too few for all, and
+    where runs of one sweep have different numbers of processes.
+    """
     environment = dict(os.environ)
-    gpus = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    if len(gpus) > 1 and _devices(spec) == 1:
-        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    gpus, devices = visible_gpus(environment.get("CUDA_VISIBLE_DEVICES")), _devices(spec)
+    if len(gpus) > devices:
+        first = place * devices
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[(first + i) % len(gpus)] for i in range(devices))
     if workers > 1:  # processes that share processors gain nothing from threads
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment
+
+
+def visible_gpus(said: str | None) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says; where that is not set, the names of this machine's GPUs, by its driver."""
+    if said is not None:
+        return [name for name in said.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    names = re.findall(r"UUID: ((?:GPU|MIG)-[\w/-]+)", listed)
+    parts = [name for name in names if name.startswith("MIG-")]  # a GPU that is cut into these cannot be used whole
+    return parts or names
 
 
 def _devices(spec: Path) -> int:
