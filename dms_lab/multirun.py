@@ -200,12 +200,15 @@ def _complete(command: str, words: Sequence[str], name: str | None, is_searched:
     from dms_lab.sweeping.job import job_of
     from dms_lab.sweeping.objectives import objectives
     from dms_lab.sweeping.points import expand
+    from dms_lab.training.distributed import is_first_rank
 
     [point] = expand(sweep_of(command, words, name))
     point = replace(point, composed=point.composed | {"sweep": name})  # which has no name, if it was given none
     launcher = HydraConfig.get().launcher  # of Slurm, or of this process, which nobody tells of its end
     job_of(point, Path(), launcher.get("signal_delay_s", Resources.signal_delay_s))()
-    return objectives(point.config, Path(point.folder)) if is_searched else None
+    if not is_searched or not is_first_rank():  # of several processes, the first evaluates, after the others have left
+        return None
+    return objectives(point.config, Path(point.folder))
 
 
 def _let_go() -> None:

@@ -441,6 +441,25 @@ def test_a_trial_that_was_at_work_is_asked_for_again(tmp_path):
     assert second.best_trials[-1].values == [0.5, lr]
 
 
+def test_of_several_processes_of_a_trial_the_first_alone_is_asked_for_what_was_measured(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from dms_lab import multirun
+    from dms_lab.sweeping.job import PointJob
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PointJob, "__call__", lambda self: None)  # the others leave before there are results
+    monkeypatch.setattr(multirun.HydraConfig, "get", lambda: SimpleNamespace(launcher={}))
+    monkeypatch.setattr("dms_lab.sweeping.objectives.objectives", lambda config, folder: (0.5, 0.25))
+    for name in ("SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.setenv(name, "1")
+    found = []
+    for rank in "01":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        found.append(multirun._complete("train", ["model=tiny"], "x", is_searched=True))
+    assert found == [(0.5, 0.25), None]
+
+
 def test_a_trial_is_judged_at_its_full_ratio_by_what_was_measured(tmp_path, make_config):
     def row(method, task, cr, **values):
         empty = {"accuracy": None, "kv_reads": None, "perplexity": None, "measured_cr": None}
