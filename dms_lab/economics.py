@@ -61,24 +61,30 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """Peak floating point operations and bytes of memory traffic, each a second."""
+    """Peak floating point operations and bytes of memory traffic, each a second, and how many bytes it has."""
 
     flops: float
     bandwidth_bytes: float
+    memory_bytes: float
 
 
-H100_SXM = Accelerator(989.4e12, 3.35e12)  # bfloat16 without sparsity, HBM3; NVIDIA's data sheet
+H100_SXM = Accelerator(989.4e12, 3.35e12, 80e9)  # bfloat16 without sparsity, HBM3; NVIDIA's data sheet
 
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """The least that one step of decoding moves, computes and takes. `kv_bytes` are a part of `total_bytes`."""
+    """The least that one step of decoding moves, computes and takes. `kv_bytes` are a part of `total_bytes`.
+
+    `fits`: what it reads, weights and kept keys and values, is no more than the device has. The time of a step that does not
+    fit is not to be had on one. Activations and input embeddings come on top, so that one that fits may still not.
+    """
 
     total_bytes: float
     kv_bytes: float
     flops: float
     seconds: float
     kv_share: float
+    fits: bool
 
 
 def decode_step(model: ModelShape, device: Accelerator, batch: int, context: int, cr: float = 1.0) -> DecodeStep:
@@ -96,7 +102,8 @@ def decode_step(model: ModelShape, device: Accelerator, batch: int, context: int
     per_token = layers * (6 * d * model.mlp + 4 * d**2 + 4 * d * model.kv_width + 4 * d * kept) + 2 * d * model.vocabulary
     flops = batch * per_token
     seconds = max(flops / device.flops, (weights + kv_bytes) / device.bandwidth_bytes)
-    return DecodeStep(weights + kv_bytes, kv_bytes, flops, seconds, kv_bytes / device.bandwidth_bytes / seconds)
+    kv_share, total = kv_bytes / device.bandwidth_bytes / seconds, weights + kv_bytes
+    return DecodeStep(total, kv_bytes, flops, seconds, kv_share, fits=total <= device.memory_bytes)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def test_the_geometry_of_a_configuration():
 
 def test_a_step_of_qwen3_8b_by_hand():
     """One sequence, 8,192 tokens: weights 2 * 36 * (150,994,944 + 33,554,432 + 8,388,608) + 1,244,659,712 bytes."""
-    device = Accelerator(flops=1e15, bandwidth_bytes=3e12)
+    device = Accelerator(flops=1e15, bandwidth_bytes=3e12, memory_bytes=80e9)
     step = economics.decode_step(QWEN3_8B_SHAPE, device, batch=1, context=8192)
     weights = 2 * 36 * 192_937_984 + 1_244_659_712
     assert weights == 15_136_194_560
@@ -67,7 +67,7 @@ def test_a_step_of_qwen3_8b_by_hand():
 
 def test_a_step_of_llama_3_2_1b_by_hand():
     """256 sequences of 8,192 tokens at ratio 8."""
-    device = Accelerator(flops=1e15, bandwidth_bytes=3e12)
+    device = Accelerator(flops=1e15, bandwidth_bytes=3e12, memory_bytes=80e9)
     step = economics.decode_step(LLAMA32_1B_SHAPE, device, batch=256, context=8192, cr=8)
     weights = 2 * 16 * (50_331_648 + 8_388_608 + 2_097_152) + 525_336_576
     assert step.kv_bytes == 256 * 1024 * LLAMA32_1B.bytes_per_token == 8_589_934_592
@@ -78,11 +78,18 @@ def test_a_step_of_llama_3_2_1b_by_hand():
 
 
 def test_with_enough_sequences_arithmetic_is_the_slower_part():
-    device = Accelerator(flops=1e12, bandwidth_bytes=3e12)
+    device = Accelerator(flops=1e12, bandwidth_bytes=3e12, memory_bytes=80e9)
     step = economics.decode_step(LLAMA32_1B_SHAPE, device, batch=64, context=1024)
     assert step.seconds == pytest.approx(step.flops / 1e12)
     assert step.kv_share == pytest.approx(step.kv_bytes / 3e12 / step.seconds)
     assert step.kv_share < 1
+
+
+def test_what_does_not_fit_into_the_device_is_marked():
+    """Weights of 15.1 GB and 1.21 GB for each sequence of 8,192 tokens: 53 fit into 80 GB, at ratio 8 429."""
+    for cr, most in ((1, 53), (8, 429)):
+        steps = [economics.decode_step(QWEN3_8B_SHAPE, economics.H100_SXM, batch, 8192, cr) for batch in (most, most + 1)]
+        assert [step.fits for step in steps] == [True, False]
 
 
 @given(st.integers(1, 512), st.integers(1, 10**5), st.floats(1, 32))
