@@ -165,9 +165,12 @@ class Lab:
 
 
 def key(row: dict) -> tuple:
-    """What a row is about. Rules without training know nothing of the run beside which they were measured, but its seed."""
+    """What a row is about. Rules without training know nothing of the run beside which they were measured, but its seed and
+    the tokens that it kept.
+    """
     trained = row["config_hash"] if row["method"] == "dms" else ""
-    return (trained, row["method"], row["task"], float(row["target_cr"]), int(row["seed"]))
+    settings = json.loads(row["settings"]) if isinstance(row["settings"], str) else row["settings"]
+    return (trained, row["method"], row["task"], float(row["target_cr"]), int(row["seed"]), settings.get("live_tokens", 0))
 
 
 def measured(row: dict) -> dict[str, float | None]:
