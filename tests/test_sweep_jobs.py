@@ -1,5 +1,7 @@
 """A job completes its point, whatever was done of it before, and ends as what became of it."""
 
+import errno
+import fcntl
 import json
 import os
 import pickle
@@ -226,6 +228,29 @@ def test_a_second_job_does_not_work_in_a_folder_until_the_first_is_dead(working_
             assert is_locked(Path("runs/a"))
     assert not is_locked(Path("runs/a"))
     assert not is_locked(Path("runs/b"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_told_of(working_folder, monkeypatch, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    said = rf"runs/a/run.lock cannot be locked \({os.strerror(number)}\).*Lustre the mount option flock"
+    with pytest.raises(ValueError, match=said), locked(Path("runs/a")):
+        pass
+    with pytest.raises(ValueError, match=said):
+        is_locked(Path("runs/a"))
+    with pytest.raises(ValueError, match=r"submit\.lock cannot be locked"), submitting(sweep_of(TINY)):
+        pass
+
+
+def test_two_that_ask_for_a_lock_do_not_see_each_other(working_folder):
+    with locked(Path("runs/a")):
+        pass
+    with Path("runs/a/run.lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        assert not is_locked(Path("runs/a"))
 
 
 def test_two_commands_do_not_submit_at_once(working_folder):

@@ -6,7 +6,6 @@ A done point is found so before torch is imported. Run by submitit as a pickled 
 ``python -m dms_lab.sweeping.job <description>.json``.
 """
 
-import fcntl
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ from typing import Any
 from dms_lab.config import TrainConfig, config_hash, resolve
 from dms_lab.sweep_config import Resources
 from dms_lab.sweeping.evaluations import evaluation_hash, resolve_evaluation
+from dms_lab.sweeping.locks import try_lock
 from dms_lab.sweeping.points import Point
 from dms_lab.sweeping.preemption import come_back_if_preempted
 from dms_lab.sweeping.steps import OwnEvaluation, Step, StoppedError, Training, evaluation_step
@@ -113,16 +113,11 @@ def _rank() -> int:
 # -- one job at a time -------------------------------------------------------------------------------------------------
 @contextmanager
 def locked(folder: Path, patience_seconds: float = _PATIENCE_SECONDS) -> Iterator[None]:
-    """Inside, no other job works in `folder`; raises `ValueError` if one still does after `patience_seconds`.
-
-    The lock is the kernel's (`flock`) and ends with the process, however that dies. On NFS it holds between nodes as long
-    as the mount does not say `nolock` or `local_lock`, on Lustre with the mount option `flock`; elsewhere it may hold on
-    one node only, and then it is the queue that keeps a point from being submitted twice.
-    """
+    """Inside, no other job works in `folder`; raises `ValueError` if one still does after `patience_seconds`."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         deadline = time.monotonic() + patience_seconds
-        while not _taken(file):
+        while not try_lock(file):
             if time.monotonic() > deadline:
                 file.seek(0)
                 raise ValueError(f"another job works in {folder} ({file.read().strip() or 'unknown'}); its results will do")
@@ -134,20 +129,12 @@ def locked(folder: Path, patience_seconds: float = _PATIENCE_SECONDS) -> Iterato
         yield
 
 
-def _taken(file: Any) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def is_locked(folder: Path) -> bool:
     """Whether a job works in `folder` at this moment, as far as this machine can see."""
     if not (folder / LOCK).is_file():
         return False
     with (folder / LOCK).open("a+") as file:
-        return not _taken(file)
+        return not try_lock(file, shared=True)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ It is no list of points (the sweep file is) and no state (the folders and the qu
 do which point, and where its log is.
 """
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 from dms_lab.sweep_config import SweepConfig
+from dms_lab.sweeping.locks import try_lock
 
 JOBS = "jobs.jsonl"
 
@@ -102,8 +102,6 @@ def submitting(sweep: SweepConfig) -> Iterator[None]:
     """Inside, no other command submits jobs of this sweep; raises `ValueError` if one is doing so."""
     sweep.records.mkdir(parents=True, exist_ok=True)
     with (sweep.records / "submit.lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another command is submitting {sweep.name} at this moment; ask for its status") from error
+        if not try_lock(file):
+            raise ValueError(f"another command is submitting {sweep.name} at this moment; ask for its status")
         yield

@@ -6,7 +6,6 @@ A place at work is a lock on a file that the point's process inherits: two submi
 one, and a place is free when its process is dead, however that and its supervisor ended.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -19,6 +18,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from dms_lab.sweeping.locks import try_lock
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,9 @@ class Supervisor:
     def _free_place(self) -> tuple[int, Any] | None:
         for index in range(self.workers):
             file = (self.places / f"place{index}.lock").open("a")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                continue
-            return index, file
+            if try_lock(file):
+                return index, file
+            file.close()
         return None
 
     def _start(self, spec: Path, index: int, place: Any) -> None:
