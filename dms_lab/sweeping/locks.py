@@ -21,6 +21,6 @@ def try_lock(file: IO, shared: bool = False) -> bool:
     except OSError as error:
         raise ValueError(
             f"{file.name} cannot be locked ({error.strerror}), so that two jobs could work at the same run: its file "
-            "system must know flock (on Lustre the mount option flock, on NFS a running lockd); work in a folder of another one"
+            "system must know flock (on Lustre the mount option flock, on NFS lockd); work in a folder of another one"
         ) from error
     return True

@@ -16,6 +16,7 @@ from dms_lab.sweeping.records import JobState, Submitted, append_jobs
 from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
 
 _SECONDS = 60  # that a Slurm command may take
+_ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")  # for good: COMPLETING is the rest
 
 
 def job_name(sweep: SweepConfig) -> str:
@@ -75,7 +76,8 @@ def cancel(sweep: SweepConfig, jobs: Iterable[Submitted]) -> None:
 def job_states(sweep: SweepConfig, jobs: Iterable[Submitted]) -> dict[str, JobState]:
     """What is known of each job, by its id: from the queue, which keeps a job for minutes after its end, and accounting.
 
-    Raises `ValueError` if the queue cannot be asked. A job that neither knows has the state '' and the reason for that.
+    Raises `ValueError` if the queue cannot be asked. A job that neither knows has the state '' and the reason for that; so
+    has one that accounting takes to be at work, and that the queue does not have: its end was not written down.
     """
     ids = {job.job_id for job in jobs}
     if not ids:
@@ -86,9 +88,13 @@ def job_states(sweep: SweepConfig, jobs: Iterable[Submitted]) -> dict[str, JobSt
     for job_id in ids:
         known = accounted.get(job_id, JobState("", reason=why_not))
         state = queued.get(job_id)
-        if state is not None and (state.is_active or not known.state):  # else accounting has what the queue has
+        if state is None and known.is_active:
+            lost = f"accounting has it as {known.state}, but it has left the queue: it ended, or was lost"
+            known = replace(known, state="", reason=lost)
+        is_leaving = state is not None and state.state == "COMPLETING" and known.state in _ENDED
+        if state is not None and not is_leaving and (state.is_active or not known.state):
             known = replace(state, restarts=max(state.restarts, known.restarts))
-        found[job_id] = known
+        found[job_id] = known  # of what has ended, what accounting has
     return found
 
 
