@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> None:
 
     quiet()
     models.resolve_path(config.model.path)
-    with locked(Path(run_folder(config)), patience_seconds=0) if is_first_rank() else nullcontext():
+    with locked(Path(run_folder(config)), patience_seconds=2) if is_first_rank() else nullcontext():
         from dms_lab.training.run import train
 
         outcome = train(config)

@@ -17,6 +17,7 @@ from dms_lab import results
 from dms_lab.sweep import main
 from dms_lab.sweep_config import load_sweep
 from dms_lab.sweeping import cost, local, supervisor
+from dms_lab.sweeping.job import locked
 from dms_lab.sweeping.points import expand
 from dms_lab.sweeping.records import Submitted, append_jobs, load_jobs
 from dms_lab.sweeping.shapes import num_trained, shape_of
@@ -92,6 +93,18 @@ def test_a_job_that_ended_before_its_point_was_done_is_submitted_again(fake_slur
     fake_slurm.answer("sacct", "5|TIMEOUT|01:00:00|None\n6|CANCELLED by 0|00:00:00|None\n")
     assert main(["submit", str(folder)]) == 0
     assert [job.job_id for job in load_jobs(load_sweep(folder))] == ["5", "6", "7_0", "7_1"]
+
+
+def test_a_point_that_another_works_at_is_not_submitted_whatever_became_of_its_own_job(fake_slurm, capsys):
+    folder = write_sweep([*TINY, "seed=range(2)"], cluster="slurm")
+    first, second = points_of(folder)
+    note(folder, first, "5")
+    fake_slurm.answer("sacct", "5|FAILED|01:00:00|None\n")
+    with locked(Path(first.folder)), locked(Path(second.folder)):
+        assert main(["submit", str(folder)]) == 0
+        assert "0 of 2 points submitted, 0 done, 2 queued or running already" in capsys.readouterr().out
+    assert main(["submit", str(folder)]) == 0
+    assert "2 of 2 points submitted" in capsys.readouterr().out
 
 
 def test_a_queue_that_cannot_be_asked_submits_nothing(fake_slurm, capsys):

@@ -139,6 +139,26 @@ def test_a_point_that_the_code_has_made_another_is_not_run(working_folder):
         made()
 
 
+def test_benchmarks_of_a_run_wait_until_it_is_trained_and_those_of_a_checkpoint_do_not(working_folder, monkeypatch):
+    from dms_lab.evaluation import reasoning
+
+    asked = []
+    monkeypatch.setattr(reasoning, "evaluate_benchmarks", lambda config: asked.append(config.checkpoint))
+    run = Path("runs/trains")
+    (run / "checkpoints" / "cr2").mkdir(parents=True)
+    (run / "config.json").write_text("{}")
+    whole, member = (
+        one_point(*EVALUATION, f"checkpoint={place}", command="evaluate") for place in (run, run / "checkpoints" / "cr2")
+    )
+    with pytest.raises(ValueError, match=r"checkpoint=runs/trains is a run that is not trained to its end"):
+        job_of(whole, working_folder)()
+    assert not (Path(whole.folder) / "evaluated.json").exists()
+    job_of(member, working_folder)()
+    (run / "done.json").write_text("{}")
+    job_of(whole, working_folder)()
+    assert asked == ["runs/trains/checkpoints/cr2", "runs/trains"]
+
+
 def test_what_stops_a_training_fails_the_job_and_the_evaluation_waits(working_folder, base_folder, monkeypatch):
     from dms_lab.training import run
 
@@ -161,6 +181,18 @@ def test_of_several_processes_the_first_alone_locks_and_evaluates(working_folder
     monkeypatch.setenv("SLURM_PROCID", "0")
     job_of(point, working_folder)()
     assert done == ["trained", "trained", "evaluated"]
+
+
+def test_several_processes_meet_in_their_training_whatever_one_of_them_sees_done(working_folder, monkeypatch):
+    done = []
+    monkeypatch.setattr(steps.Training, "run", lambda self: done.append("trained"))
+    monkeypatch.setattr(steps.OwnEvaluation, "run", lambda self: done.append("evaluated"))
+    point = one_point(*TINY, "devices=2", "accumulate=2")
+    finish(point)  # while the first waited for its lock, or between the looks of two processes
+    for rank in "01":
+        monkeypatch.setenv("SLURM_PROCID", rank)
+        job_of(point, working_folder)()
+    assert done == ["trained", "trained"]
 
 
 def test_of_several_processes_the_first_alone_says_that_the_job_was_stopped(working_folder, monkeypatch):
@@ -343,6 +375,22 @@ def test_states_are_the_queues_and_for_what_has_ended_those_of_accounting(fake_s
     assert not found["7_2"].is_active
     assert "--name=dms-study" in fake_slurm.calls("squeue")[0]
     assert "--jobs=7 " in fake_slurm.calls("sacct")[0]
+
+
+def test_a_job_that_has_left_the_queue_is_not_at_work_whatever_accounting_says(fake_slurm):
+    fake_slurm.answer("squeue", "7_0 RUNNING 0 2:03 None\n")
+    fake_slurm.answer("sacct", "7_0|RUNNING|00:01:00|None\n7_1|RUNNING|00:01:00|None\n7_2|PENDING|00:00:00|None\n")
+    found = slurm.job_states(sweep_of(TINY), noted("7_0", "7_1", "7_2"))
+    assert [found[job].is_active for job in ("7_0", "7_1", "7_2")] == [True, False, False]
+    assert found["7_1"].reason == "accounting has it as RUNNING, but it has left the queue: it ended, or was lost"
+
+
+def test_a_job_that_was_cancelled_is_not_at_work_while_it_is_cleared_away_and_one_that_comes_back_is(fake_slurm):
+    fake_slurm.answer("squeue", "".join(f"7_{i} COMPLETING 0 2:03 None\n" for i in range(3)))
+    fake_slurm.answer("sacct", "7_0|CANCELLED by 0|00:01:00|None\n7_1|REQUEUED|00:01:00|None\n7_2|RUNNING|00:01:00|None\n")
+    found = slurm.job_states(sweep_of(TINY), noted("7_0", "7_1", "7_2"))
+    assert [found[job].is_active for job in ("7_0", "7_1", "7_2")] == [False, True, True]
+    assert found["7_0"].state == "CANCELLED"
 
 
 def test_without_accounting_what_the_queue_does_not_say_is_not_known(fake_slurm):

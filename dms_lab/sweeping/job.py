@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dms_lab.config import TrainConfig, config_hash, resolve
+from dms_lab.config import TrainConfig, config_hash, num_processes, resolve
 from dms_lab.sweep_config import Resources
 from dms_lab.sweeping.evaluations import evaluation_hash, resolve_evaluation
 from dms_lab.sweeping.locks import try_lock
@@ -45,23 +45,27 @@ class PointJob:
     notice_seconds: float = Resources.signal_delay_s
 
     def __call__(self) -> None:
-        """Trains and evaluates what is missing; raises whatever goes wrong, so that the job fails in Slurm too."""
+        """Trains and evaluates what is missing; raises whatever goes wrong, so that the job fails in Slurm too.
+
+        Several processes meet in the training even if it is done: by files, each might see something else than the next.
+        """
         os.chdir(self.root)
         os.environ["TQDM_DISABLE"] = "1"  # read on import; a log needs no bars
         self.check()
-        remaining = [step for step in self.steps() if not step.is_done()]
-        if not remaining:
-            print(f"{self.folder} is done already")
-            return
+        steps = self.steps()
         if _rank() > 0:  # of several processes, only the first has a lock, and evaluates
-            if isinstance(remaining[0], Training):
+            if isinstance(steps[0], Training):
                 with suppress(StoppedError):  # by raising it, srun might end the first before that has queued the job again
-                    remaining[0].run()
+                    steps[0].run()
+            return
+        together = [step for step in steps if isinstance(step, Training) and num_processes(step.config) > 1]
+        if not together and all(step.is_done() for step in steps):
+            print(f"{self.folder} is done already")
             return
         try:
             with locked(self.folder):
-                for step in remaining:
-                    if not step.is_done():
+                for step in steps:
+                    if step in together or not step.is_done():
                         step.run()
         except StoppedError as error:
             if error.signal == "SIGTERM":

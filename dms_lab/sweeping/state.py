@@ -91,9 +91,11 @@ def _state_of(point: Point, is_done: bool, job: Submitted | None, known: dict[st
     progress = _progress(point) if isinstance(first, Training) else {}
     is_trained = isinstance(first, Training) and first.is_done()
     at_work = "evaluating" if is_trained or not isinstance(first, Training) else "running"
+    found = known[job.job_id] if job is not None else JobState("")
+    if not found.is_active and is_locked(Path(point.folder)):  # by another sweep, a command, or what is left of its job
+        return PointState(point, at_work, job=job, elapsed=found.elapsed, restarts=found.restarts, **progress)
     if job is None:
-        return PointState(point, at_work if is_locked(Path(point.folder)) else "missing", **progress)
-    found = known[job.job_id]
+        return PointState(point, "missing", **progress)
     progress |= {"job": job, "elapsed": found.elapsed, "restarts": found.restarts}
     if found.is_queued:
         return PointState(point, "requeued" if found.restarts else "pending", reason=found.reason, **progress)

@@ -148,7 +148,8 @@ class Benchmarks:
         return is_recorded(self.folder, self.what)
 
     def run(self) -> None:
-        """Generates and grades what the store does not have."""
+        """Generates and grades what the store does not have; `ValueError` of a run that is not trained to its end."""
+        self._check_trained()
         os.environ["TQDM_DISABLE"] = "1"  # read on import; a log needs no bars
         from dms_lab.terminal import quiet
 
@@ -160,6 +161,15 @@ class Benchmarks:
         before = num_rows(self.folder)
         evaluate_benchmarks(self.config)
         record(self.folder, self.what, num_rows(self.folder) - before)
+
+    def _check_trained(self) -> None:
+        """A run leaves checkpoints on its way: what is measured of it before its end would be recorded as the whole."""
+        run = Path(self.config.checkpoint) if self.config.checkpoint is not None else None
+        if run is not None and (run / "config.json").is_file() and not (run / DONE).is_file():
+            raise ValueError(
+                f"checkpoint={run} is a run that is not trained to its end, it has no {DONE}: submit again when it is "
+                f"done, or give one of the checkpoints in {run / 'checkpoints'}, which stay as they are"
+            )
 
 
 Step = Training | OwnEvaluation | Dialled | Benchmarks
