@@ -75,8 +75,8 @@ H100_SXM = Accelerator(989.4e12, 3.35e12, 80e9)  # bfloat16 without sparsity, HB
 class DecodeStep:
     """The least that one step of decoding moves, computes and takes. `kv_bytes` are a part of `total_bytes`.
 
-    `fits`: what it reads, weights and kept keys and values, is no more than the device has. The time of a step that does not
-    fit is not to be had on one. Activations and input embeddings come on top, so that one that fits may still not.
+    `fits`: what it reads, weights and kept keys and values, is no more than the device has: the time of a step that does
+    not fit cannot be had on one device. Activations and input embeddings come on top, so one that fits may still not.
     """
 
     total_bytes: float

@@ -21,12 +21,12 @@ from tracked import track, write_rows
 from wandb_files import OfflineRun, offline_runs
 from wandb_stub import WandbStub
 
-from dms_lab import results, tracking
+from dms_lab import comparison, results, tracking
 from dms_lab.config import config_hash
 from dms_lab.evaluation import examples
 from dms_lab.results import Result
-from dms_lab.tracking import Comparison
-from dms_lab.tracking.evaluation import evaluation_ids
+from dms_lab.tracking import Comparison, tables
+from dms_lab.tracking.evaluation import evaluation_ids, summary
 from dms_lab.tracking.tables import MOST_SAMPLES, evenly
 
 WANDB = Path(sys.executable).parent / "wandb"
@@ -102,6 +102,21 @@ def test_what_each_head_keeps_is_pictured_ten_times_and_at_the_end(make_config, 
     assert pictured[97]["caption"] == "share of tokens kept, to step 97"
     colours = Image.open(run.file(pictured[97])).convert("RGB")
     assert len(set(colours.get_flattened_data() if hasattr(colours, "get_flattened_data") else colours.getdata())) > 50
+
+
+def test_a_training_that_is_sent_from_its_files_has_the_pictures_that_it_has_while_it_runs(make_config, tmp_path):
+    config = make_config(tracking="wandb", steps=20)
+
+    def pictured():
+        (run,) = offline_runs(tmp_path).values()
+        return {row["_step"]: run.file(row["retention"]).read_bytes() for row in run.history if "retention" in row}
+
+    track(config, range(1, 21)).finish()
+    live = pictured()
+    tracking.log_training(tmp_path / "run")
+    assert pictured() == live
+    assert list(live) == list(range(2, 21, 2))
+    assert len(set(live.values())) == 10, "each is of the steps so far"
 
 
 def test_a_run_that_goes_on_is_kept_whole_in_one_folder_with_each_step_once(make_config, tmp_path):
@@ -274,6 +289,49 @@ def test_an_evaluation_that_is_logged_again_replaces_what_was_not_sent(evaluated
     assert [row["method"] for row in run.table(run.summary["results"])] == ["full", "dms", "dms", "tova"]
 
 
+def test_an_evaluation_that_was_sent_is_not_logged_again_until_it_says_something_else(evaluated, tmp_path):
+    ids = evaluation_ids(results.load(evaluated / results.RESULTS))
+    place = evaluated / results.RESULTS
+
+    def logged():
+        """Logs it, and returns the steps of what there is to send, which then is sent."""
+        tracking.log_evaluations(place, ids[:1])
+        wandb.teardown()
+        (folder,) = (one for one in evaluated.glob("wandb/offline-run-*") if not any(one.glob("*.synced")))
+        (file,) = folder.glob("*.wandb")
+        file.with_name(f"{file.name}.synced").touch()  # as `wandb sync` does
+        time.sleep(1.1)  # folders are named by the second
+        return [row["_step"] for row in OfflineRun(folder).history]
+
+    assert [logged(), logged()] == [[0], []]
+    results.append(place, [result("tova")])
+    assert [logged(), logged()] == [[1], []]
+
+
+def test_the_names_of_a_summary_have_the_budget_and_the_length_that_were_asked_for():
+    budgets = [
+        result("tova", 0.0, settings=SAMPLED | {"budget": size}, max_tokens=96, accuracy=size / 64) for size in (16, 32)
+    ]
+    lengths = [result(settings={"length": length}, accuracy=length / 1024) for length in (128, 256)]
+    found = summary(pd.DataFrame([asdict(row) for row in budgets + lengths]))
+    assert {name: value for name, value in found.items() if name.endswith("/accuracy")} == {
+        "ledger/tova/budget16/W1L96/accuracy": 0.25,
+        "ledger/tova/budget32/W1L96/accuracy": 0.5,
+        "ledger/dms/cr4/length128/accuracy": 0.125,
+        "ledger/dms/cr4/length256/accuracy": 0.25,
+    }
+
+
+def test_a_table_that_is_cut_says_so_in_the_log_and_in_the_summary(evaluated, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tables, "MOST_ROWS", 2)
+    ids = evaluation_ids(results.load(evaluated / results.RESULTS))
+    tracking.log_evaluations(evaluated / results.RESULTS, ids[:1])
+    assert warnings(caplog) == ["W&B gets the first 2 of 3 rows of results; the files have all"]
+    (run,) = offline_runs(tmp_path).values()
+    assert run.summary["results/rows_left_out"] == 1
+    assert len(run.table(run.summary["results"])) == 2
+
+
 def test_long_texts_keep_their_beginning_and_their_end():
     text = "a" * 3000 + "the answer"
     short = examples.shortened(text, 100)
@@ -329,13 +387,17 @@ def test_a_comparison_is_tables_a_scatter_a_figure_with_frontiers_and_the_report
     assert Path(entry.local_path).read_text() == report.read_text()
 
 
+def compared(*places):
+    return Comparison(comparison.curve_points(results.load(*places)))
+
+
 # -- from files alone --------------------------------------------------------------------------------------------------
 def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, make_config):
     config = make_config(sweep="windows", out=str(evaluated))
     live = track(config, range(2, 8, 2))
     live.finish()
     before = offline_runs(tmp_path)
-    found = [sent.label.run_id for sent in tracking.rebuild([evaluated])]
+    found = [sent.label.run_id for sent in tracking.rebuild([evaluated], compared(evaluated))]
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert {run.run.job_type for run in runs.values()} == {"train", "evaluate", "pareto"}
@@ -348,10 +410,18 @@ def test_all_of_a_folder_is_made_again_under_the_same_ids(evaluated, tmp_path, m
 def test_of_a_collected_sweep_the_table_is_enough(tmp_path):
     frame = pd.DataFrame([asdict(row) for row in (result("full", 1.0), result(), result(run_id="other", seed=1))])
     results.save_csv(frame, tmp_path / "results.csv")
-    found = [sent.label.run_id for sent in tracking.rebuild([tmp_path])]
+    found = [sent.label.run_id for sent in tracking.rebuild([tmp_path], compared(tmp_path))]
     runs = offline_runs(tmp_path)
     assert set(found) == set(runs)
     assert sorted(run.run.job_type for run in runs.values()) == ["evaluate", "evaluate", "pareto"]
+
+
+def test_without_a_comparison_none_is_made_up(evaluated, tmp_path):
+    """Runs and the table of their sweep say the same rows twice, with variants and without."""
+    frame = results.load(evaluated / results.RESULTS).assign(variant="window=16")
+    results.save_csv(frame, evaluated / results.TABLE)
+    tracking.rebuild([evaluated])
+    assert {run.run.job_type for run in offline_runs(tmp_path).values()} == {"evaluate"}
 
 
 def test_a_rebuild_ends_at_the_first_run_that_wandb_does_not_take(evaluated, tmp_path):
@@ -544,18 +614,18 @@ def test_a_run_that_goes_on_online_is_the_same_run_with_each_step_once(make_conf
 @pytest.mark.slow
 def test_offline_evaluations_and_comparisons_sync_with_their_tables_and_figures(evaluated, tmp_path, online, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    found = [sent.label.run_id for sent in tracking.rebuild([evaluated])]
+    found = [sent.label.run_id for sent in tracking.rebuild([evaluated], compared(evaluated))]
     sync(evaluated)
     assert set(online.runs) == set(found)
     uploaded = "\n".join(online.files)
     for name in ("media/table/results", "media/table/samples", "media/table/points", "media/plotly/frontier"):
         assert name in uploaded
-    tracking.rebuild([evaluated])
+    tracking.rebuild([evaluated], compared(evaluated))
     places = sync(evaluated)
     assert len(places) == 2 * len(found)
     for run_id in found:
         steps = [row["_step"] for row in online.history(run_id)]
-        assert steps == [0, 1]
+        assert steps == [0], "what was sent is not sent again"
 
 
 @pytest.mark.slow

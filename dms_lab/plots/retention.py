@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 
 
-def retained(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def retained(folder: Path, until: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Steps [N] and the retained share of each layer and head [N, layers, heads] of a run, from its `metrics.jsonl`.
 
-    Raises `ValueError` with file and line for a bad one, or if there is none.
+    To step `until`, or all. Raises `ValueError` with file and line for a bad one, or if there is none.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
@@ -35,14 +35,17 @@ def retained(folder: Path) -> tuple[np.ndarray, np.ndarray]:
             ) from error
     if not steps:
         raise ValueError(f"{path} is empty: the run logged nothing")
-    return np.asarray(steps), np.asarray(shares, float)
+    kept = [place for place, step in enumerate(steps) if until is None or step <= until]
+    if not kept:
+        raise ValueError(f"{path} has no step to {until}: its first is {steps[0]}")
+    return np.asarray(steps)[kept], np.asarray(shares, float)[kept]
 
 
-def retention_figure(folder: Path) -> "Figure":
-    """The share of tokens that each layer and head of a run kept, over its steps; darker is less."""
+def retention_figure(folder: Path, until: int | None = None) -> "Figure":
+    """The share of tokens that each layer and head of a run kept, over its steps (to `until`); darker is less."""
     from matplotlib.figure import Figure
 
-    steps, shares = retained(folder)
+    steps, shares = retained(folder, until)
     _, num_layers, num_heads = shares.shape
     with paper():
         height = min(6.0, 1.1 + 0.11 * num_layers * num_heads)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dms_lab import results
 from dms_lab.tracking.run import Label, WandbRun
-from dms_lab.tracking.tables import cell, samples_table, table
+from dms_lab.tracking.tables import cell, left_out, mark_of, samples_table, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,12 +70,11 @@ def _log(rows: "pd.DataFrame", examples: list[dict[str, Any]], run_id: str, fold
     kind = "benchmarks" if way else "own evaluation"
     tags = (last["model"], *sorted(set(rows["method"])), kind)
     run = WandbRun(Label(run_id, "evaluate", f"{last['run_id']} {kind}", group, tags, what), folder)
-    with run.survives():
-        values = {"results": table(rows)}
-        if examples:
-            values["samples"] = samples_table(examples)
-        run.log(values, run.next_step)
-    run.summarize(summary(rows))
+    run.log_new(
+        mark_of(rows, examples),
+        lambda: {"results": table(rows, "results")} | ({"samples": samples_table(examples)} if examples else {}),
+    )
+    run.summarize(summary(rows) | left_out(rows, "results"))
     run.finish()
     return run
 
@@ -84,8 +83,16 @@ def summary(rows: "pd.DataFrame") -> dict[str, float]:
     """The numbers of each row by a name that says what they are of; of equal names the last counts."""
     found = {}
     for row in rows.to_dict("records"):
-        name = f"{row['task']}/{row['method']}/cr{row['target_cr']:g}"
+        name = f"{row['task']}/{_name(row)}"
         if cell(row["max_tokens"]) is not None:
             name += f"/W{row['width']}L{row['max_tokens']:.0f}"
         found |= {f"{name}/{key}": row[key] for key in _NUMBERS if cell(row[key]) is not None}
     return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The method, its budget of live tokens where it was set to one, else its ratio, and the length of its problems."""
+    settings = row["settings"]
+    dial = f"cr{row['target_cr']:g}" if settings.get("budget") is None else f"budget{settings['budget']:g}"
+    length = settings.get("length")
+    return f"{row['method']}/{dial}" + (f"/length{length}" if length is not None else "")

@@ -1,5 +1,6 @@
 """A comparison in W&B: points and margins as tables, accuracy against KV reads as a chart and as a figure, the report."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from dms_lab import results
 from dms_lab.tracking.evaluation import plain
 from dms_lab.tracking.run import Label, WandbRun
-from dms_lab.tracking.tables import cell, table
+from dms_lab.tracking.tables import cell, left_out, mark_of, table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_log = logging.getLogger(__name__)
 BUDGET = "kv_reads"
 MOST_FIGURES = 24  # models and sets of tasks that are drawn
 _SHOWN = ["method", "variant", "target_cr", "width", "max_tokens", BUDGET, "accuracy"]
@@ -35,16 +37,20 @@ def log_pareto(folder: Path, name: str, found: Comparison) -> WandbRun:
     what |= {"versions": results.versions(), "git_revision": results.git_revision()}
     label = Label(f"pareto-{plain(name)}", "pareto", name, name, (*models, *methods), what)
     run = WandbRun(label, folder)
-    with run.survives():
-        values: dict[str, Any] = {"points": table(found.points)}
-        if found.margins is not None:
-            values["margins"] = table(found.margins)
-        run.log(values | dict(_figures(found.points)), run.next_step)
+    run.log_new(mark_of(found.points, found.margins), lambda: _values(found))
     run.summarize(_summary(found))
     if found.report is not None:
         run.attach(found.report, "report")
     run.finish()
     return run
+
+
+def _values(found: Comparison) -> dict[str, Any]:
+    """Tables and figures."""
+    values: dict[str, Any] = {"points": table(found.points, "points")}
+    if found.margins is not None:
+        values["margins"] = table(found.margins, "margins")
+    return values | dict(_figures(found.points))
 
 
 def _figures(points: "pd.DataFrame") -> Iterator[tuple[str, Any]]:
@@ -54,14 +60,17 @@ def _figures(points: "pd.DataFrame") -> Iterator[tuple[str, Any]]:
     from dms_lab.plots import interactive
 
     measured = points[points["accuracy"].notna() & (points[BUDGET] > 0)]
-    for (model, tasks), rows in list(measured.groupby(["model", "tasks"]))[:MOST_FIGURES]:
+    parts = list(measured.groupby(["model", "tasks"]))
+    if len(parts) > MOST_FIGURES:
+        _log.warning("W&B gets figures of the first %d of %d models and sets of tasks", MOST_FIGURES, len(parts))
+    for (model, tasks), rows in parts[:MOST_FIGURES]:
         title = f"{model} {tasks}"
-        yield f"scatter/{title}", wandb.plot.scatter(table(rows[_SHOWN]), BUDGET, "accuracy", title)
+        yield f"scatter/{title}", wandb.plot.scatter(table(rows[_SHOWN], title), BUDGET, "accuracy", title)
         yield f"frontier/{title}", wandb.Plotly(interactive.accuracy(rows, BUDGET))
 
 
 def _summary(found: Comparison) -> dict[str, float]:
-    numbers: dict[str, float] = {"num_points": len(found.points)}
+    numbers: dict[str, float] = {"num_points": len(found.points)} | left_out(found.points, "points")
     for row in [] if found.margins is None else found.margins.to_dict("records"):
         if cell(row["margin"]) is not None:
             curve = " ".join(filter(None, (row["method"], row["variant"])))

@@ -24,11 +24,12 @@ class _Files:
 
 
 def rebuild(places: Sequence[Path], comparison: Comparison | None = None, out: Path | None = None) -> list[WandbRun]:
-    """Every training and evaluation in `places`, and their comparison, have their W&B runs; returns these, closed.
+    """Every training and evaluation in `places`, and `comparison`, have their W&B runs; returns these, closed.
 
     A place: a run's folder, one that holds several, a sweep's (or its file), whose runs are looked for where they were
-    computed, or a file of results. `out` is where W&B's files of the comparison go; without `comparison` it is made. Raises
-    `ValueError` if there is nothing to send, and at the first run that W&B does not take.
+    computed, or a file of results. `out` is where W&B's files of the comparison go; what is compared, and under which
+    variants, is for the caller to say. Raises `ValueError` if there is nothing to send, and at the first run that W&B does
+    not take.
     """
     found: dict[str, WandbRun] = {}
 
@@ -47,10 +48,9 @@ def rebuild(places: Sequence[Path], comparison: Comparison | None = None, out: P
             for run_id in dict.fromkeys(evaluation_ids(results.load(file))):
                 if run_id not in found:
                     taken(*log_evaluations(file, [run_id], one.group))
-    measured = [file for one in files for file in one.results]
-    if measured:
+    if comparison is not None:
         name = " + ".join(one.name for one in files)
-        taken(log_pareto(out or files[0].folder, name, comparison or _compared(measured)))
+        taken(log_pareto(out or files[0].folder, name, comparison))
     wait()
     if not found:
         asked = ", ".join(map(str, places))
@@ -86,12 +86,3 @@ def _trained(folders: Sequence[Path]) -> list[Path]:
 
 def _existing(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if file.is_file()]
-
-
-def _compared(files: Sequence[Path]) -> Comparison:
-    from dms_lab import comparison
-
-    frame = results.load(*files)
-    has_baseline = bool(((frame["method"] == "full") & frame["accuracy"].notna()).any())
-    margins = comparison.margins(frame) if has_baseline else None
-    return Comparison(comparison.curve_points(frame), margins, tuple(comparison.warnings_of(frame)))

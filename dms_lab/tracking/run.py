@@ -4,13 +4,13 @@
           no  -> <folder>/wandb/offline-run-*, for `wandb sync`: the newest repeats and replaces those that were not sent
 
 W&B appends whatever a synced folder holds, the same step twice if two folders have it. So of one id there is one folder to
-send, and `<id>.steps.json` beside it says which steps those that were sent have.
+send, and `<id>.steps.json` beside it says which steps those that were sent have, `<id>.marks.json` which tables.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,14 +48,16 @@ class WandbRun:
         self.label, self.folder, self.next_step = label, folder, 0
         self.place: Path | None = None
         self.failure: str | None = None
+        self._sent: str | None = None  # the mark of what W&B has last
         self._run: wandb.Run | None = None
         with self.survives():
             folder.mkdir(parents=True, exist_ok=True)
             self._run = _opened(label, folder)
             if not self._run.disabled:
                 self.place = Path(self._run.dir).parent
-                sent = _replace_unsent(self.place, label.run_id)
+                sent, marks = _replace_unsent(self.place, label.run_id)
                 self.next_step = sent + 1 if self.is_offline else self._run.starting_step
+                self._sent = max([mark for mark in marks if mark[0] < self.next_step], default=(-1, None))[1]
 
     @property
     def is_offline(self) -> bool:
@@ -84,7 +86,17 @@ class WandbRun:
             self._run.log(values, step=step, commit=True)
             self.next_step = step + 1
             if self.place is not None:
-                _note(self.place, self.label.run_id, step)
+                _note(self.place, self.label.run_id, _STEPS, step)
+
+    def log_new(self, mark: str, made: Callable[[], dict[str, Any]]) -> None:
+        """What `made` returns stands at the next step, unless W&B has it already as the last that had this `mark`."""
+        if self._run is None or self._sent == mark:
+            return
+        with self.survives():
+            step = self.next_step
+            self.log(made(), step)
+            if self.next_step > step and self.place is not None:
+                _note(self.place, self.label.run_id, _MARKS, [step, mark])
 
     def summarize(self, values: dict[str, Any]) -> None:
         """`values` stand in the run's summary."""
@@ -173,37 +185,46 @@ def _init(label: Label, folder: Path, mode: str | None) -> "wandb.Run":
 
 
 # -- what was sent -----------------------------------------------------------------------------------------------------
-def _replace_unsent(place: Path, run_id: str) -> int:
+_STEPS, _MARKS = (
+    "steps",
+    "marks",
+)  # of each of W&B's folders of a run: the last step; the step and mark of what was logged new
+
+
+def _replace_unsent(place: Path, run_id: str) -> tuple[int, list[list]]:
     """Removes what of this run was kept offline and not sent, but for `place`; returns the last step that was, else -1.
 
-    A folder that is gone was sent: `wandb clean` removes such ones only.
+    And the steps and marks of what was sent. A folder that is gone was sent: `wandb clean` removes such ones only.
     """
     home = place.parent
-    steps = {name: step for name, step in _steps(home, run_id).items() if not _is_unsent(home / name)}
+    noted = {}
+    for kind in (_STEPS, _MARKS):
+        noted[kind] = {name: of for name, of in _noted(home, run_id, kind).items() if not _is_unsent(home / name)}
     for file in home.glob(f"offline-run-*/run-{run_id}.wandb"):
         if file.parent != place and _is_unsent(file.parent):
             shutil.rmtree(file.parent)
-    _write(home, run_id, steps)
-    return max(steps.values(), default=-1)
+    for kind, found in noted.items():
+        _write(home, run_id, kind, found)
+    return max(noted[_STEPS].values(), default=-1), list(noted[_MARKS].values())
 
 
 def _is_unsent(place: Path) -> bool:
     return place.name.startswith("offline-run-") and place.is_dir() and not any(place.glob("*.wandb.synced"))
 
 
-def _note(place: Path, run_id: str, step: int) -> None:
-    _write(place.parent, run_id, _steps(place.parent, run_id) | {place.name: step})
+def _note(place: Path, run_id: str, kind: str, value: Any) -> None:
+    _write(place.parent, run_id, kind, _noted(place.parent, run_id, kind) | {place.name: value})
 
 
-def _steps(home: Path, run_id: str) -> dict[str, int]:
-    """The last step of each of W&B's folders of a run, by its name."""
+def _noted(home: Path, run_id: str, kind: str) -> dict[str, Any]:
+    """What was noted of each of W&B's folders of a run, by its name."""
     try:
-        return json.loads((home / f"{run_id}.steps.json").read_text())
+        return json.loads((home / f"{run_id}.{kind}.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def _write(home: Path, run_id: str, steps: dict[str, int]) -> None:
-    temporary = home / f"{run_id}.steps.tmp"
-    temporary.write_text(json.dumps(steps))
-    temporary.replace(home / f"{run_id}.steps.json")
+def _write(home: Path, run_id: str, kind: str, noted: dict[str, Any]) -> None:
+    temporary = home / f"{run_id}.{kind}.tmp"
+    temporary.write_text(json.dumps(noted))
+    temporary.replace(home / f"{run_id}.{kind}.json")

@@ -1,6 +1,8 @@
 """Frames and rows as tables of W&B: bounded, and of the types that it takes."""
 
+import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import wandb
 
+_log = logging.getLogger(__name__)
 MOST_ROWS = 10_000
 MOST_SAMPLES = 64
 MOST_CHARACTERS = 4200  # of a cell; `evaluation.examples` writes shorter ones
@@ -30,14 +33,30 @@ SAMPLES = {
 }
 
 
-def table(frame: "pd.DataFrame") -> "wandb.Table":
-    """The first `MOST_ROWS` rows of a frame of results, points or margins; dicts and lists as JSON text."""
+def table(frame: "pd.DataFrame", name: str) -> "wandb.Table":
+    """The first `MOST_ROWS` rows of a frame of results, points or margins; dicts and lists as JSON text.
+
+    `name` is what it is called where it is told that there are more.
+    """
     import wandb
 
+    if len(frame) > MOST_ROWS:
+        _log.warning("W&B gets the first %d of %d rows of %s; the files have all", MOST_ROWS, len(frame), name)
     columns = [name for name in frame.columns if name not in _NOT_SHOWN]
     rows = frame[columns].head(MOST_ROWS).itertuples(index=False)
     data = [[cell(value) for value in row] for row in rows]
     return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+
+
+def mark_of(*contents: "pd.DataFrame | list[dict[str, Any]] | None") -> str:
+    """A text that is the same for the same contents of tables."""
+    texts = [one.to_csv() if hasattr(one, "to_csv") else json.dumps(one) for one in contents]
+    return hashlib.sha256("\n\n".join(texts).encode()).hexdigest()[:16]
+
+
+def left_out(frame: "pd.DataFrame", name: str) -> dict[str, int]:
+    """How many rows of a frame its table does not have, for a summary; {} if it has all."""
+    return {f"{name}/rows_left_out": len(frame) - MOST_ROWS} if len(frame) > MOST_ROWS else {}
 
 
 def samples_table(rows: Sequence[dict[str, Any]]) -> "wandb.Table":

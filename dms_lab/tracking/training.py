@@ -36,19 +36,18 @@ class Tracker:
     """The W&B run of a training. What a run that goes on wrote to `metrics.jsonl` before is sent first, if W&B lacks it."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
-        self._folder, self._last = folder, config.steps
+        self._folder = folder
         made_by = {"versions": results.versions(), "git_revision": results.git_revision()}
         self._run = WandbRun(label_of(asdict(config), folder.name, made_by), folder)
-        self._every, self._pictured, self._is_caught_up = max(1, config.steps // _PICTURES), 0, False
+        self._pictures, self._is_caught_up = _Pictures(config.steps), False
 
     def log(self, row: dict[str, Any]) -> None:
         """W&B has `row`, which stands in `metrics.jsonl` already, and the rows before it."""
         if not self._is_caught_up:
-            log_rows(self._run, [earlier for earlier in read_rows(self._folder) if earlier["step"] < row["step"]])
+            earlier = [known for known in read_rows(self._folder) if known["step"] < row["step"]]
+            log_rows(self._run, earlier, self._folder, self._pictures)
             self._is_caught_up = True
-        is_due = row["step"] >= self._last or row["step"] - self._pictured >= self._every
-        self._pictured = row["step"] if is_due else self._pictured
-        log_row(self._run, row, self._folder if is_due else None)
+        log_rows(self._run, [row], self._folder, self._pictures)
 
     def finish(self, failed: bool = False) -> None:
         """Closes the run."""
@@ -75,11 +74,8 @@ def log_training(folder: Path, group: str | None = None) -> WandbRun:
     config["sweep"] = config.get("sweep") or group
     done = json.loads((folder / DONE).read_text()) if (folder / DONE).is_file() else {}
     made_by = {name: done[name] for name in ("versions", "git_revision") if name in done}
-    rows = read_rows(folder)
     run = WandbRun(label_of(config, folder.name, made_by), folder)
-    log_rows(run, rows[:-1])
-    for row in rows[-1:]:
-        log_row(run, row, folder)
+    log_rows(run, read_rows(folder), folder, _Pictures(config["steps"]))
     run.finish()
     return run
 
@@ -93,10 +89,23 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def log_rows(run: WandbRun, rows: Sequence[dict[str, Any]]) -> None:
-    """The rows stand in W&B, without pictures."""
+class _Pictures:
+    """Which steps of a training have a picture of what was kept up to them: ten, evenly spaced, and the last."""
+
+    def __init__(self, steps: int) -> None:
+        self._last, self._every, self._before = steps, max(1, steps // _PICTURES), 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step`, which comes after those that were asked about before, has one."""
+        found = step >= self._last or step - self._before >= self._every
+        self._before = step if found else self._before
+        return found
+
+
+def log_rows(run: WandbRun, rows: Sequence[dict[str, Any]], folder: Path, pictures: _Pictures) -> None:
+    """The rows stand in W&B, with the pictures that are due: the same whether they come one by one or all at once."""
     for row in rows:
-        log_row(run, row)
+        log_row(run, row, folder if pictures.is_due(row["step"]) else None)
 
 
 def log_row(run: WandbRun, row: dict[str, Any], folder: Path | None = None) -> None:
@@ -117,7 +126,7 @@ def _picture(folder: Path, step: int) -> "dict[str, wandb.Image]":
     from dms_lab.plots import retention_figure
 
     try:
-        figure = retention_figure(folder)
+        figure = retention_figure(folder, until=step)
     except ValueError as error:
         _log.warning("W&B gets no picture of what heads keep: %s", error)
         return {}
