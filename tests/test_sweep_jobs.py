@@ -127,6 +127,31 @@ def test_results_that_lost_rows_are_not_taken_for_whole(working_folder):
     assert not job_of(point, working_folder).steps()[1].is_done()
 
 
+def test_rows_that_are_not_those_that_were_evaluated_do_not_stand_for_them(working_folder):
+    point = one_point(*TINY, then=[EVALUATION])
+    folder = finish(point)
+    _, own, then = job_of(point, working_folder).steps()
+    row = (folder / "results.jsonl").read_text()
+    (folder / "results.jsonl").write_text(row + row.replace("0.5", "0.25"))
+    evaluated.record(folder, own.what, 1)
+    evaluated.record(folder, then.what, 0)  # its rows were there already
+    assert own.is_done()
+    assert then.is_done()
+    (folder / "results.jsonl").write_text(row + row)  # removed, and measured by another command
+    assert not own.is_done()
+    assert not then.is_done()
+    (folder / "results.jsonl").write_text(row.replace("0.5", "0.25"))
+    assert own.is_done()  # whatever became of others
+    assert not then.is_done()
+    (folder / "results.jsonl").unlink()
+    assert not own.is_done()
+    plain = [{"what": own.what, "num_rows": 1}]  # as written before rows were told apart
+    (folder / "evaluated.json").write_text(json.dumps(plain))
+    assert not own.is_done()
+    (folder / "results.jsonl").write_text(row)
+    assert own.is_done()
+
+
 def test_a_folder_of_another_run_is_not_a_done_point(working_folder):
     point = one_point(*TINY, "out=runs/mine")
     finish(point)
@@ -520,7 +545,7 @@ def test_a_number_that_another_process_has_now_is_not_the_job():
 def test_jobs_submitted_on_another_machine_are_not_known_here():
     [job] = of_batch(Path("/nowhere"), subprocess.Popen(["true"]), 1)
     found = local.job_states(None, [replace(job, host="elsewhere")])["b-0"]
-    assert (found.state, found.reason) == ("", "it was submitted on elsewhere: ask there")
+    assert (found.is_elsewhere, found.is_active, found.reason) == (True, False, "submitted on elsewhere, ask there")
 
 
 def test_a_run_of_several_devices_is_started_by_torchrun_and_one_of_several_nodes_is_refused(batch, monkeypatch):

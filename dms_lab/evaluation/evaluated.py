@@ -1,6 +1,8 @@
 """What was evaluated in a folder and stands in its `results.jsonl`: `evaluated.json`, read in no time and without torch."""
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,18 +26,28 @@ def dialled_evaluation(config: TrainConfig, ratios: Sequence[float], text: str |
 
 
 def is_recorded(folder: Path, what: dict[str, Any]) -> bool:
-    """Whether `what` was evaluated to its end here, and the results have not lost rows since."""
+    """Whether `what` was evaluated to its end here, and the results still have the rows that came with it.
+
+    Of records without digests of the rows it is their number, over all that was evaluated, that must be there.
+    """
     entries = _entries(folder)
-    if not any(entry["what"] == _plain(what) for entry in entries):
+    mine = next((entry for entry in entries if entry["what"] == _plain(what)), None)
+    if mine is None:
         return False
+    if "rows" in mine:
+        return not Counter(mine["rows"]) - Counter(_digests(folder))
     return num_rows(folder) >= sum(entry["num_rows"] for entry in entries)
 
 
 def record(folder: Path, what: dict[str, Any], num_rows: int) -> None:
-    """Notes that `what` was evaluated to its end, and that `num_rows` rows came with it; written whole or not at all."""
+    """Notes that `what` was evaluated to its end, and that the last `num_rows` rows came with it; whole or not at all.
+
+    Where all rows were there already, since a kill came between them and their record, all rows are kept in mind.
+    """
     entries = [entry for entry in _entries(folder) if entry["what"] != _plain(what)]
+    entry = {"what": _plain(what), "num_rows": num_rows, "rows": _digests(folder)[-num_rows:]}
     temporary = (folder / EVALUATED).with_suffix(".tmp")
-    temporary.write_text(json.dumps([*entries, {"what": _plain(what), "num_rows": num_rows}], indent=1) + "\n")
+    temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n")
     temporary.replace(folder / EVALUATED)
 
 
@@ -43,6 +55,13 @@ def num_rows(folder: Path) -> int:
     """Lines of the results in a folder; 0 before there are any."""
     path = folder / _RESULTS
     return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+def _digests(folder: Path) -> list[str]:
+    """What tells the rows of the results from each other, in their order."""
+    path = folder / _RESULTS
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [hashlib.sha256(line).hexdigest()[:12] for line in lines]
 
 
 def drop_cut_off_line(folder: Path) -> None:
