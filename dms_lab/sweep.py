@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("overrides", nargs="*", metavar="key=value", help="cluster=, workers=, resources.<key>=")
         if name == "submit":
             command.add_argument("--dry-run", action="store_true", help="print the plan: jobs, tokens, GPU-hours, disk")
+            command.add_argument("--take-over", action="store_true", help="submit what a lost machine had been given, too")
             command.add_argument("--wait", action="store_true", help="stay until every job has ended, with progress")
         if name == "status":
             command.add_argument("--json", action="store_true", help="for scripts: one object a point")
@@ -62,11 +63,17 @@ def _submit(asked: argparse.Namespace, sweep, points) -> int:
         return 0
     with submitting(sweep):
         states = point_states(sweep, points)
-        todo = [state.point for state in states if state.is_free]
+        elsewhere = [state for state in states if state.state == "elsewhere"]
+        todo = [state.point for state in states if state.is_free or (asked.take_over and state in elsewhere)]
         if todo:
             (slurm if sweep.cluster == "slurm" else local).submit(sweep, todo)
     done, active = sum(state.state == "done" for state in states), sum(state.is_active for state in states)
     print(f"{sweep.name}: {len(todo)} of {len(points)} points submitted, {done} done, {active} queued or running already")
+    if elsewhere and not asked.take_over:
+        print(
+            f"{len(elsewhere)} points are left to {', '.join(sorted({state.job.host for state in elsewhere}))}, where they "
+            "were submitted; ask for the status there, or add --take-over if nothing runs there any more"
+        )
     if asked.wait:
         return _wait(sweep, points)
     if todo:
@@ -129,6 +136,8 @@ def _cancel(asked: argparse.Namespace, sweep, points) -> int:
         active = [job for job in jobs if known[job.job_id].is_active]
         module.cancel(sweep, active)
         count += len(active)
+        for host in sorted({job.host for job in jobs if known[job.job_id].is_elsewhere}):
+            print(f"jobs that were submitted on {host} are cancelled there", file=sys.stderr)
     print(f"{sweep.name}: {count} jobs cancelled; the same submit goes on where they stopped")
     return 0
 

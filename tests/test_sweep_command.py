@@ -107,6 +107,25 @@ def test_a_point_that_another_works_at_is_not_submitted_whatever_became_of_its_o
     assert "2 of 2 points submitted" in capsys.readouterr().out
 
 
+def test_what_another_machine_was_given_is_left_to_it_unless_that_is_lost(working_folder, capsys, monkeypatch):
+    folder = write_sweep([*TINY, "seed=range(2)"])
+    sweep, [first, second] = load_sweep(folder), points_of(folder)
+    log = str(sweep.records / "local" / "b" / "0000.log")
+    append_jobs(sweep, [Submitted("b-0", "local", first.hash, first.folder, 1.0, log, 1, 1, "elsewhere")])
+    given = []
+    monkeypatch.setattr(local, "submit", lambda sweep, points: given.append([point.hash for point in points]))
+    assert main(["submit", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "1 of 2 points submitted" in text
+    assert "1 points are left to elsewhere, where they were submitted" in text
+    assert main(["status", str(folder)]) == 0
+    assert "elsewhere (submitted on elsewhere, ask there)" in capsys.readouterr().out
+    assert main(["cancel", str(folder)]) == 0
+    assert "jobs that were submitted on elsewhere are cancelled there" in capsys.readouterr().err
+    assert main(["submit", str(folder), "--take-over"]) == 0
+    assert given == [[second.hash], [first.hash, second.hash]]
+
+
 def test_a_queue_that_cannot_be_asked_submits_nothing(fake_slurm, capsys):
     folder = write_sweep(TINY, cluster="slurm")
     note(folder, points_of(folder)[0], "5")

@@ -15,7 +15,7 @@ from pathlib import Path
 from dms_lab.sweep_config import SweepConfig
 from dms_lab.sweeping.job import job_of, write_job
 from dms_lab.sweeping.points import Point
-from dms_lab.sweeping.records import JobState, Submitted, append_jobs
+from dms_lab.sweeping.records import ELSEWHERE, JobState, Submitted, append_jobs
 from dms_lab.sweeping.steps import StoppedError
 from dms_lab.sweeping.supervisor import Note, is_alive, read_note, started_at
 
@@ -61,7 +61,7 @@ def cancel(sweep: SweepConfig, jobs: Iterable[Submitted]) -> None:
 
 # -- what became of them -----------------------------------------------------------------------------------------------
 def job_states(sweep: SweepConfig, jobs: Iterable[Submitted]) -> dict[str, JobState]:
-    """What is known of each job, by its id, named as Slurm would; '' if it was submitted on another machine."""
+    """What is known of each job, by its id, named as Slurm would; `ELSEWHERE` if another machine has it and alone knows."""
     return {job.job_id: _state(job) for job in jobs}
 
 
@@ -70,7 +70,7 @@ def _state(job: Submitted) -> JobState:
     if note is not None and note.code is not None:
         return _ended(note)
     if job.host != socket.gethostname():
-        return JobState("", reason=f"it was submitted on {job.host}: ask there")
+        return JobState(ELSEWHERE, reason=f"submitted on {job.host}, ask there")
     if note is not None and is_alive(note.pid, note.pid_started):
         return JobState("RUNNING", elapsed=_elapsed(time.time() - note.began))
     if is_alive(job.pid, job.pid_started):

@@ -36,6 +36,7 @@ class Submitted:
 
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
+ELSEWHERE = "ELSEWHERE"  # not Slurm's
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class JobState:
     restarts: int = 0
     elapsed: str = ""
     reason: str = ""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether only another machine knows."""
+        return self.state == ELSEWHERE
 
     @property
     def is_queued(self) -> bool:

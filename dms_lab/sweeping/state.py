@@ -14,7 +14,7 @@ from dms_lab.sweeping.job import PointJob, Training, is_locked, job_of
 from dms_lab.sweeping.points import Point
 from dms_lab.sweeping.records import JobState, Submitted, failures, last_jobs
 
-STATES = ("done", "evaluating", "running", "pending", "requeued", "failed", "stopped", "missing", "unknown")
+STATES = ("done", "evaluating", "running", "pending", "requeued", "failed", "stopped", "missing", "unknown", "elsewhere")
 LOG_LINES = 8
 _FAILED = ("FAILED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL", "DEADLINE")
 _STOPPED = ("CANCELLED", "PREEMPTED", "REVOKED")
@@ -44,8 +44,8 @@ class PointState:
 
     @property
     def is_free(self) -> bool:
-        """Whether a submission would add a job for it."""
-        return self.state != "done" and not self.is_active
+        """Whether a submission would add a job for it: what another machine may be at is left to that."""
+        return self.state not in ("done", "elsewhere") and not self.is_active
 
     def plain(self) -> dict[str, Any]:
         """The state as JSON."""
@@ -96,6 +96,8 @@ def _state_of(point: Point, is_done: bool, job: Submitted | None, known: dict[st
         return PointState(point, at_work, job=job, elapsed=found.elapsed, restarts=found.restarts, **progress)
     if job is None:
         return PointState(point, "missing", **progress)
+    if found.is_elsewhere:
+        return PointState(point, "elsewhere", job=job, reason=found.reason, **progress)
     progress |= {"job": job, "elapsed": found.elapsed, "restarts": found.restarts}
     if found.is_queued:
         return PointState(point, "requeued" if found.restarts else "pending", reason=found.reason, **progress)

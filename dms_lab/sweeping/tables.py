@@ -10,7 +10,14 @@ from rich.table import Table
 from dms_lab.sweep_config import SweepConfig
 from dms_lab.sweeping.state import STATES, PointState
 
-_COLOURS = {"done": "green", "failed": "bold red", "running": "cyan", "evaluating": "cyan", "unknown": "yellow"}
+_COLOURS = {
+    "done": "green",
+    "failed": "bold red",
+    "running": "cyan",
+    "evaluating": "cyan",
+    "unknown": "yellow",
+    "elsewhere": "yellow",
+}
 WIDTH = 140  # in a file or pipe
 
 
@@ -60,7 +67,7 @@ def _words(state: PointState) -> str:
         return times
     if state.is_active and state.restarts:
         return f"{state.state} ({times})"
-    if state.state in ("pending", "missing") and state.reason not in ("", "None"):
+    if state.state in ("pending", "missing", "elsewhere") and state.reason not in ("", "None"):
         return escape(f"{state.state} ({state.reason})")
     return state.state
 
