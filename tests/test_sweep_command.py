@@ -349,7 +349,7 @@ def test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing
     points = points_of(folder)
     for point in points[:3]:
         full = row_of(point, method="full", target_cr=1.0, window=None)
-        rival = row_of(point, method="tova", window=None, peak_tokens=float(point.config.window))
+        rival = row_of(point, method="streaming_llm", window=None, peak_tokens=float(point.config.window))
         finish(point, row_of(point), full, rival)
     finish(points[0], row_of(points[0], accuracy=0.75), row_of(points[0], width=4))  # evaluated once more
     assert main(["collect", str(folder)]) == 0
@@ -362,7 +362,7 @@ def test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing
     assert list(trained.width) == [1, 4, 1, 1]
     assert sorted(zip(frame.method, frame.seed, frame.variant, strict=True))[4:] == [
         *(("full", seed, "") for seed in (0, 1)),
-        *(("tova", seed, "") for seed in (0, 1)),
+        *(("streaming_llm", seed, "") for seed in (0, 1)),
     ]
     before = (folder / "results.csv").read_bytes()
     assert main(["collect", str(folder)]) == 0
@@ -370,6 +370,36 @@ def test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing
     assert main(["collect", str(folder), "--strict"]) == 1
     finish(points[3])
     assert main(["collect", str(folder), "--strict"]) == 0
+
+
+def test_collect_takes_of_a_run_s_folder_what_this_sweep_asked_for(working_folder):
+    reasoning = ["eval=reasoning", "tasks=dms_tiny_road", "eval.width=[1,2]", "eval.max_tokens=[48]", "limit=4"]
+    folder = write_sweep({"overrides": TINY, "then": [["cr=[3]"], reasoning]})
+    (point,) = points_of(folder)
+    bench = {"task": "dms_tiny_road", "max_tokens": 48}
+    settings = {"prompts": "p", "limit": 4, "budget": None, "data": {}, "generation": {}}
+    dialled = {"method": "dms_dialled", "settings": {"length": point.config.eval.length, "dialled_from": "x"}}
+    wanted = [
+        row_of(point, settings={"length": point.config.eval.length}),
+        row_of(point, target_cr=3.0, **dialled),
+        row_of(point, width=2, settings=settings, **bench),
+        row_of(point, method="full", settings=settings, **bench),
+    ]
+    others = [
+        row_of(point, settings={"length": 7 + point.config.eval.length}),
+        row_of(point, method="h2o", settings={"length": point.config.eval.length, "live_tokens": 9}),  # no rival asked
+        row_of(point, target_cr=6.0, **dialled),
+        row_of(point, width=4, settings=settings, **bench),
+        row_of(point, settings=settings | {"limit": None}, **bench),
+        row_of(point, settings=settings | {"data": {"lengths": [512]}}, **(bench | {"task": "dms_tiny_road_512"})),
+        row_of(point, settings=settings, **(bench | {"task": "dms_tiny_ledger"})),
+        row_of(point, settings=settings, **(bench | {"method": "dms_dialled"})),
+    ]
+    finish(point, *others, *wanted)
+    assert main(["collect", str(folder)]) == 0
+    frame = results.load(folder / "results.csv")
+    found = zip(frame.method, frame.task, frame.width, frame.target_cr, strict=True)
+    assert sorted(found) == sorted((r.method, r.task, r.width, r.target_cr) for r in wanted)
 
 
 def test_collect_of_nothing_is_told_and_writes_nothing(working_folder, capsys):
