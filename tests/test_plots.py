@@ -76,6 +76,15 @@ def test_variants_of_a_method_differ_in_line_and_lightness_and_are_named_by_what
     assert names[:3] == ["full attention", "DMS (window=4)", "DMS (window=16)"]  # by number, not by letter
 
 
+def test_many_variants_of_a_method_are_told_apart_in_grey():
+    many = [("dms", f"window={window}", 4.0, 0.3) for window in range(20)]
+    found = list(plots.looks(frames.points(methods=many)).values())
+    for names in (("line", "marker"), ("dash", "symbol"), ("hatch",)):
+        assert len({tuple(getattr(look, name) for name in names) for look in found}) == 20, names
+    assert {look.marker for look in found[:6]} == {plots.STYLE["dms"].marker}
+    assert found[6].marker != found[0].marker
+
+
 def luminance(colour):
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     return 0.299 * red + 0.587 * green + 0.114 * blue

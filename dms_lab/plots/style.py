@@ -164,8 +164,9 @@ Curve = tuple[str, str]  # method and variant
 def looks(frame: "pd.DataFrame") -> dict[Curve, Look]:
     """The look of each (method, variant) of `frame`, in the order of legends.
 
-    Variants of one method share its colour, from dark to light, and its marker; lines and hatches tell them apart. Their
-    names hold the settings in which they differ.
+    Variants of one method share its colour, from dark to light, and the first six its marker; lines and hatches tell them
+    apart. From the seventh on, where lines begin again, each six have another marker. Their names hold the settings in
+    which they differ.
     """
     variants: dict[str, set[str]] = {}
     for row in frame[[name for name in ("method", "variant") if name in frame]].drop_duplicates().to_dict("records"):
@@ -192,6 +193,9 @@ def _shaded(look: Look, settings: str, place: int, num: int) -> Look:
     middle = min(max(lightness, 0.35), 0.55)
     lightness = middle + 0.44 * (place / (num - 1) - 0.5)
     colour = "#" + "".join(f"{round(255 * x):02x}" for x in colorsys.hls_to_rgb(hue, lightness, saturation))
-    line, dash = _LINES[place % len(_LINES)]
+    times, place = divmod(place, len(_LINES))
+    line, dash = _LINES[place]
+    shapes = [(look.marker, look.symbol), *(shape for shape in _OTHER_MARKERS if shape[0] != look.marker)]
+    marker, symbol = shapes[times % len(shapes)]
     name = f"{look.name} ({settings})" if settings else look.name
-    return replace(look, colour=colour, line=line, dash=dash, hatch=_HATCHES[place % len(_HATCHES)], name=name)
+    return Look(colour, marker, symbol, name, line, dash, _HATCHES[place] + times * "oo")
