@@ -310,8 +310,9 @@ def test_help_needs_neither_torch_nor_pandas():
     assert "--against METHOD" in done.stdout
 
 
-def test_only_files_with_the_usual_names_or_results_of_seeds_are_taken(study):
+def test_the_files_of_a_folder_are_those_that_results_load_takes(study):
     (study / "results_draft.txt").write_text("no results")
     assert [path.name for path in sources.origin_of([study]).files] == ["results_seed0.jsonl", "results_seed1.jsonl"]
     shutil.copy(study / "results_seed0.jsonl", study / results.RESULTS)
-    assert sources.origin_of([study]).files == (study,), "a folder is left to results.load where it has the usual names"
+    assert sources.origin_of([study]).files == (study / results.RESULTS,)
+    assert sources.origin_of([study / "results_seed1.jsonl"]).files == (study / "results_seed1.jsonl",)

@@ -123,6 +123,28 @@ def test_several_places_are_one_frame_and_no_file_counts_twice(tmp_path):
         results.load(tmp_path, tmp_path / "nothing")
 
 
+def test_a_folder_s_tables_are_told_by_their_headers_whatever_their_names(tmp_path):
+    """As the results of two sweeps beside each other, and what was made of them."""
+    results.append(tmp_path / "run" / results.RESULTS, [POINT])
+    frame = results.load(tmp_path / "run")
+    for name in (results.TABLE, "windows-full.csv"):
+        results.save_csv(frame.assign(run_id=name), tmp_path / name)
+    for name in ("pareto.csv", "margins.csv", "empty.csv"):
+        (tmp_path / name).write_text("" if name == "empty.csv" else "model,method,tasks\ntiny,dms,road\n")
+    (tmp_path / "results_seed0.jsonl").write_text((tmp_path / "run" / results.RESULTS).read_text())
+    names = [str(file.relative_to(tmp_path)) for file in results.files_in(tmp_path)]
+    assert names == ["results.csv", f"run/{results.RESULTS}", "windows-full.csv"]
+    assert results.load(tmp_path)["run_id"].tolist() == [results.TABLE, POINT.run_id, "windows-full.csv"]
+
+
+def test_records_of_seeds_are_taken_where_a_folder_has_nothing_of_the_usual_names(tmp_path):
+    for seed in (0, 1):
+        results.append(tmp_path / f"results_seed{seed}.jsonl", [dataclasses.replace(POINT, seed=seed)])
+    (tmp_path / "below").mkdir()
+    results.append(tmp_path / "below" / "results_seed2.jsonl", [POINT])
+    assert results.load(tmp_path)["seed"].tolist() == [0, 1]
+
+
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / results.TABLE
     frame = pd.DataFrame([vars(POINT)])

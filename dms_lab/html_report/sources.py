@@ -51,14 +51,7 @@ def _origin(place: Path) -> Origin:
         return _of_sweep(place)
     folder = place if place.is_dir() else place.parent
     runs = {_name(path.parent): path.parent for path in sorted(folder.rglob(METRICS))}
-    return Origin(files=_files(place), texts=_configurations(runs.values()), runs=runs)
-
-
-def _files(place: Path) -> tuple[Path, ...]:
-    """What `results.load` is given: the place, or the files called results*.jsonl in a folder without the usual names."""
-    if place.is_file() or any(place.rglob(results.RESULTS)) or any(place.rglob(results.TABLE)):
-        return (place,)
-    return tuple(sorted(place.glob("results*.jsonl"))) or (place,)
+    return Origin(files=tuple(results.files_in(place)) or (place,), texts=_configurations(runs.values()), runs=runs)
 
 
 def _of_sweep(place: Path) -> Origin:

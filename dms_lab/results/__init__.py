@@ -3,7 +3,8 @@
 evaluation -> append -> results.jsonl of each run -> load -> one frame -> save_csv -> results.csv, which load reads as well
 """
 
-from dms_lab.results.lines import RESULTS, append, append_new, load, measurement
+from dms_lab.results.files import RESULTS, files_in
+from dms_lab.results.lines import append, append_new, load, measurement
 from dms_lab.results.schema import SCHEMA_VERSION, Result, git_revision, versions
 from dms_lab.results.table import TABLE, save_csv
 
@@ -14,6 +15,7 @@ __all__ = [
     "Result",
     "append",
     "append_new",
+    "files_in",
     "git_revision",
     "load",
     "measurement",

@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dms_lab.results.files import RESULTS, files_in
 from dms_lab.results.schema import Result, checked, shared
 from dms_lab.results.table import TABLE, table_rows
 
 if TYPE_CHECKING:
     import pandas as pd
-
-RESULTS = "results.jsonl"
 
 
 def append(path: Path, results: list[Result]) -> None:
@@ -78,7 +77,7 @@ def _plain(value: object) -> object:
 
 
 def load(*places: Path | str) -> "pd.DataFrame":
-    """All results below folders, or of files, as one frame: every `results.jsonl` and `results.csv`, each file once.
+    """All results of files and folders as one frame, each file once; which files a folder has, `files_in` says.
 
     Raises `ValueError` with file and line for a row that is none, and if there is no result in a place.
     """
@@ -87,11 +86,12 @@ def load(*places: Path | str) -> "pd.DataFrame":
     rows: list[dict] = []
     seen: set[Path] = set()
     for place in map(Path, places):
-        files = [place] if place.is_file() else sorted([*place.rglob(RESULTS), *place.rglob(TABLE)])
+        files = files_in(place)
         found = [row for file in files if file.resolve() not in seen for _, row in _rows(file)]
         if not found and not any(file.resolve() in seen for file in files):
             raise ValueError(
-                f"no results in {place}: run an evaluation first, or name a folder with a {RESULTS} or {TABLE} in it"
+                f"no results in {place}: run an evaluation first, or name a folder with a {RESULTS}, a {TABLE} or another "
+                "table with their columns in it"
             )
         rows += found
         seen |= {file.resolve() for file in files}

@@ -67,6 +67,16 @@ def _cell(value: Any, kind: Any) -> str:
     return value if kind is str else json.dumps(value)
 
 
+def is_table(file: Path) -> bool:
+    """Whether a CSV file has the header of a table of results, whatever its name."""
+    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+        first = lines.readline(_LONGEST_HEADER)
+    return {"schema_version", "run_id", "method", "task"} <= set(next(csv.reader([first]), []))
+
+
+_LONGEST_HEADER = 65536  # characters; no table of results has more
+
+
 def table_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """Each row of a table, and where it stands; `ValueError` for a line that is wrong."""
     csv.field_size_limit(2**31 - 1)  # the scores of many problems are a long cell

@@ -75,9 +75,10 @@ def _files(place: Path) -> _Files:
         return _Files(sweep.name, sweep.folder, _trained(runs), _existing(measured), sweep.name)
     if place.is_file():
         return _Files(place.stem, place.parent, [], [place])
-    measured = sorted(place.rglob(results.RESULTS)) + sorted(place.rglob(results.TABLE))
-    measured = measured or sorted(place.glob("results*.jsonl"))
-    return _Files(place.resolve().name, place, _trained([file.parent for file in sorted(place.rglob(METRICS))]), measured)
+    trained = _trained([file.parent for file in sorted(place.rglob(METRICS))])
+    # Tables last: they are for what was measured on another machine.
+    measured = sorted(results.files_in(place), key=lambda file: file.suffix == ".csv")
+    return _Files(place.resolve().name, place, trained, measured)
 
 
 def _trained(folders: Sequence[Path]) -> list[Path]:
