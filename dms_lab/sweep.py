@@ -9,11 +9,13 @@ key=value: cluster=local|slurm, workers=<points at a time on this machine>, reso
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 
 _SECONDS_BETWEEN = {"local": 1.0, "slurm": 10.0}  # two looks at the jobs
+_PATIENCE_SECONDS = 1800.0  # with a queue that does not answer: a controller that is started anew
 _STOPPED = 130
 COMMANDS = ("submit", "status", "collect", "cancel")
 
@@ -85,21 +87,37 @@ def _wait(sweep, points) -> int:
     """Stays until no job is queued or running, shows how far they are, and returns what `status` would."""
     from rich.live import Live
 
-    from dms_lab.sweeping.state import point_states
     from dms_lab.sweeping.tables import console, print_states, states_table
 
-    states = point_states(sweep, points)
     try:
+        states = _answered(sweep, points)
         with Live(states_table(sweep, states), console=console(), transient=True) as live:
             while any(state.is_active for state in states):
                 time.sleep(_SECONDS_BETWEEN[sweep.cluster])
-                states = point_states(sweep, points)
+                states = _answered(sweep, points)
                 live.update(states_table(sweep, states))
     except KeyboardInterrupt:
         print("the jobs go on", file=sys.stderr)
         return _STOPPED
     print_states(sweep, states)
     return int(any(state.state != "done" for state in states))
+
+
+def _answered(sweep, points):
+    """As `point_states`, where a queue that cannot be asked is asked again for half an hour."""
+    from dms_lab.sweeping.slurm import QueueError
+    from dms_lab.sweeping.state import point_states
+
+    began = time.monotonic()
+    for attempt in itertools.count():
+        try:
+            return point_states(sweep, points)
+        except QueueError as error:
+            if time.monotonic() - began > _PATIENCE_SECONDS:
+                raise
+            if attempt == 0:
+                print(f"{error}; it is asked again until it answers", file=sys.stderr)
+            time.sleep(_SECONDS_BETWEEN[sweep.cluster])
 
 
 def _status(asked: argparse.Namespace, sweep, points) -> int:

@@ -107,6 +107,30 @@ def test_a_point_that_another_works_at_is_not_submitted_whatever_became_of_its_o
     assert "2 of 2 points submitted" in capsys.readouterr().out
 
 
+def test_who_waits_asks_a_queue_that_fails_again(fake_slurm, capsys, monkeypatch):
+    folder = write_sweep(TINY, cluster="slurm")
+    [point] = points_of(folder)
+    note(folder, point, "5")
+    told = iter([("no controller", 1), ("5 RUNNING 0 1:00 None\n", 0), ("no controller", 1), ("no controller", 1), ("", 0)])
+
+    def answer_next(seconds):
+        if (answer := next(told, None)) is not None:
+            fake_slurm.answer("squeue", *answer)
+            if answer == ("", 0):
+                finish(point)
+
+    monkeypatch.setattr("dms_lab.sweep.time.sleep", answer_next)
+    fake_slurm.answer("squeue", "5 RUNNING 0 1:00 None\n")
+    assert main(["submit", str(folder), "--wait"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("squeue failed: no controller; it is asked again until it answers") == 2
+    assert "1 done of 1 points" in printed.out
+    monkeypatch.setattr("dms_lab.sweep._PATIENCE_SECONDS", -1.0)
+    (Path(point.folder) / "done.json").unlink()
+    fake_slurm.answer("squeue", "no controller", code=1)
+    assert main(["submit", str(folder), "--wait"]) == 1
+
+
 def test_what_another_machine_was_given_is_left_to_it_unless_that_is_lost(working_folder, capsys, monkeypatch):
     folder = write_sweep([*TINY, "seed=range(2)"])
     sweep, [first, second] = load_sweep(folder), points_of(folder)
