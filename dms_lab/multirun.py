@@ -90,7 +90,7 @@ class Multirun(Callback):
 
     def _prepare(self, config: DictConfig) -> "list[Point]":
         from dms_lab.sweeping.asked import keep_sweep
-        from dms_lab.sweeping.launcher import check_free, check_local, set_launcher
+        from dms_lab.sweeping.launcher import check_free, check_length, check_local, set_launcher
         from dms_lab.sweeping.points import expand
 
         asked = self._asked
@@ -107,6 +107,8 @@ class Multirun(Callback):
             if shutil.which("sbatch") is None:
                 raise ValueError("cluster=slurm submits by sbatch, which is not installed here")
             set_launcher(config, asked.sweep, points)
+            if asked.search is None:
+                check_length(points)
             if asked.name is not None and asked.search is None:
                 check_free(asked.sweep, points)
         else:

@@ -318,6 +318,17 @@ def test_jobs_of_hydras_launcher_are_in_the_sweeps_record_in_which_status_and_su
     assert f"failed {points[1].name}: no weights for a/b" in capsys.readouterr().out
 
 
+def test_more_points_than_an_array_may_have_are_refused_before_hydra_submits_them(tmp_path, monkeypatch):
+    from dms_lab.sweeping.launcher import check_length
+
+    fake = FakeSlurm(tmp_path / "slurm", monkeypatch)
+    points = expand(sweep_of("train", ["model=tiny", "seed=range(3)"], None))
+    check_length(points)
+    fake.answer("scontrol", "MaxArraySize            = 2\n")
+    with pytest.raises(ValueError, match=r"submits 3 points as one array, of which this Slurm takes 2 \(MaxArraySize\)"):
+        check_length(points)
+
+
 def test_a_job_asks_for_what_its_model_needs_swept_or_not(submitted):
     tiny, _, _ = submitted("model=tiny", "seed=0,1")
     assert tiny | {"time": "120", "cpus-per-task": "1", "mem": "4GB", "nodes": "1", "ntasks-per-node": "1"} == tiny

@@ -375,6 +375,20 @@ def test_what_slurm_does_not_take_is_told(fake_slurm):
     assert load_jobs(sweep) == []
 
 
+def test_long_arrays_are_submitted_as_several_and_a_refusal_says_what_was_taken(fake_slurm):
+    fake_slurm.answer("scontrol", "MaxArraySize            = 2\nMaxJobCount             = 10000\n")
+    sweep = sweep_of([*TINY, "seed=range(5)"], cluster="slurm")
+    slurm.submit(sweep, expand(sweep))
+    assert len(fake_slurm.calls("sbatch")) == 3
+    assert [job.job_id for job in load_jobs(sweep)] == ["7_0", "7_1", "7_0", "7_1", "7"]
+    once = "#!/bin/sh\ntest -e taken && { echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1; }\n"
+    (fake_slurm.folder / "sbatch").write_text(f"{once}touch taken\necho Submitted batch job 9\n")
+    other = sweep_of([*TINY, "seed=range(5)"], name="other", cluster="slurm")
+    with pytest.raises(ValueError, match=r"took 2 of 5 jobs, which are queued, .*QOSMaxSubmitJobPerUserLimit; the same"):
+        slurm.submit(other, expand(other))
+    assert [job.job_id for job in load_jobs(other)] == ["9_0", "9_1"]
+
+
 def noted(*ids):
     return [Submitted(job_id, "slurm", f"hash{job_id}", "runs/a", 1.0, f"slurm/{job_id}_0_log.err") for job_id in ids]
 

@@ -16,7 +16,7 @@ from dms_lab.sweeping.asked import Asked, is_of_all, sweep_of
 from dms_lab.sweeping.points import Point, expand
 from dms_lab.sweeping.records import append_jobs, submitting
 from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
-from dms_lab.sweeping.slurm import job_name, submitted
+from dms_lab.sweeping.slurm import job_name, max_array_size, submitted
 from dms_lab.sweeping.state import point_states
 
 
@@ -74,6 +74,15 @@ def recorded(asked: Asked, points: Sequence[Point]) -> Iterator[None]:
         yield
     finally:
         submitit.AutoExecutor.map_array = plain
+
+
+def check_length(points: Sequence[Point]) -> None:
+    """Raises `ValueError` if there are more points than an array of this Slurm may have jobs."""
+    if len(points) > 1 and len(points) > (longest := max_array_size()):
+        raise ValueError(
+            f"Hydra submits {len(points)} points as one array, of which this Slurm takes {longest} (MaxArraySize); a sweep "
+            "file and python -m dms_lab.sweep submit make several"
+        )
 
 
 def check_free(sweep: SweepConfig, points: Sequence[Point]) -> None:

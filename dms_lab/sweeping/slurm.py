@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,13 +20,20 @@ _SECONDS = 60  # that a Slurm command may take
 _ENDED = ("CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "OUT_OF_MEMORY", "DEADLINE")  # for good: COMPLETING is the rest
 
 
+class QueueError(ValueError):
+    """Slurm does not answer now; it may a moment later."""
+
+
 def job_name(sweep: SweepConfig) -> str:
     """What Slurm calls the jobs of a sweep."""
     return f"dms-{sweep.name}"
 
 
 def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
-    """Submits a job a point, as one array for each kind of resources, and returns at once."""
+    """Submits a job a point, as one array for each kind of resources or more where they are long, and returns at once.
+
+    Raises `ValueError` if Slurm takes one of them no more; those before it are queued and noted.
+    """
     import submitit
 
     cluster = load_cluster("slurm")
@@ -34,18 +42,38 @@ def submit(sweep: SweepConfig, points: Sequence[Point]) -> list[Submitted]:
         kinds.setdefault(_kind(point, sweep, cluster), []).append(point)
     logs = (sweep.records / "slurm").absolute()
     found: list[Submitted] = []
-    for members in kinds.values():
+    longest = max_array_size() if len(points) > 1 else 1
+    arrays = [kind[i : i + longest] for kind in kinds.values() for i in range(0, len(kind), longest)]
+    for members in arrays:
         resources = resources_of(members[0], sweep, cluster)
         executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=resources.max_num_timeout)
         executor.update_parameters(**slurm_parameters(members[0], resources, job_name(sweep)))
         try:
             jobs = _submit_array(executor, members, resources.signal_delay_s)
         except (subprocess.CalledProcessError, submitit.core.utils.FailedJobError) as error:
-            raise ValueError(f"Slurm took no job: {error}") from error
+            raise ValueError(_refused(error, len(found), len(points))) from error
         noted = [submitted(job, point) for job, point in zip(jobs, members, strict=True)]
         append_jobs(sweep, noted)
         found += noted
     return found
+
+
+def max_array_size() -> int:
+    """The most jobs that an array may have, as the cluster is configured."""
+    told = re.search(r"^MaxArraySize\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.MULTILINE)
+    if told is None:
+        raise ValueError("`scontrol show config` says no MaxArraySize; is this Slurm?")
+    return int(told[1])
+
+
+def _refused(error: Exception, num_taken: int, num_points: int) -> str:
+    said = " ".join((getattr(error, "stderr", None) or str(error)).split())
+    if not num_taken:
+        return f"Slurm took no job: {said}"
+    return (
+        f"Slurm took {num_taken} of {num_points} jobs, which are queued, and then no more: {said}; the same submit goes on "
+        "with the rest once it takes more"
+    )
 
 
 def submitted(job, point: Point) -> Submitted:
@@ -161,7 +189,7 @@ def _call(*words: str) -> str:
     except FileNotFoundError as error:
         raise ValueError(f"{words[0]} is not installed here: ask where Slurm's commands are") from error
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{words[0]} did not answer within {_SECONDS} seconds; is Slurm's controller up?") from error
+        raise QueueError(f"{words[0]} did not answer within {_SECONDS} seconds; is Slurm's controller up?") from error
     if done.returncode:
-        raise ValueError(f"{words[0]} failed: {' '.join((done.stderr or done.stdout).split())}")
+        raise QueueError(f"{words[0]} failed: {' '.join((done.stderr or done.stdout).split())}")
     return done.stdout
