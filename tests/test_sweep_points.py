@@ -225,6 +225,24 @@ def test_a_job_asks_for_what_suits_the_model_but_for_what_the_sweep_says():
     assert [(r.mem_gb, r.timeout_min) for r in found] == [(8, 720), (8, 9), (8, 720)]
 
 
+def test_nodes_of_a_job_that_are_not_those_of_its_run_are_refused():
+    sweep = sweep_of({"overrides": []}, resources={"nodes": 2})
+    [one], [two] = points_of("model=tiny"), points_of("num_nodes=2", "accumulate=2")
+    with pytest.raises(ValueError, match=r"model=tiny: nodes=2 of the job are not the 1 of the run"):
+        slurm_parameters(one, resources_of(one, sweep, {}), "name")
+    assert slurm_parameters(two, resources_of(two, sweep, {}), "name")["nodes"] == 2
+
+
+def test_an_evaluation_of_a_checkpoint_asks_for_what_its_model_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cluster, plain = load_cluster("slurm"), sweep_of({"overrides": []})
+    (tmp_path / "runs/a/checkpoints/cr4").mkdir(parents=True)
+    places = ("runs/a", "runs/a/checkpoints/cr4", "runs/b")
+    points = [points_of(*TASK, f"checkpoint={place}", command="evaluate")[0] for place in places]
+    (tmp_path / "runs/a/config.json").write_text('{"model": {"name": "qwen3_8b"}}')
+    assert [resources_of(point, plain, cluster).mem_gb for point in points] == [128, 128, 64]
+
+
 def test_the_shipped_resources_are_valid_for_every_shipped_model():
     cluster = load_cluster("slurm")
     for file in (config_folder() / "model").glob("*.yaml"):
@@ -254,5 +272,5 @@ def test_several_devices_are_several_tasks_of_a_node_which_end_together():
     [point] = points_of("devices=4", "num_nodes=2", "accumulate=8")
     found = slurm_parameters(point, resources_of(point, sweep, {}), "name")
     assert (found["nodes"], found["tasks_per_node"], found["gpus_per_node"]) == (2, 4, 4)
-    assert found["slurm_srun_args"] == ["--cpus-per-task=3", "--kill-on-bad-exit=1"]
+    assert found["slurm_srun_args"] == ["--cpus-per-task=3", "--kill-on-bad-exit=1", "--wait=0"]
     assert found["slurm_additional_parameters"] == {"requeue": True}

@@ -1,6 +1,8 @@
 """What a point's job asks Slurm for: conf/cluster/slurm.yaml, the size of its model, the sweep's own resources."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 from dms_lab.config import TrainConfig
@@ -28,7 +30,7 @@ def resources_of(point: Point, sweep: SweepConfig, cluster: dict[str, Any]) -> R
     """
     check_resources(cluster, "conf/cluster: ")
     size_of = (cluster.get("size_of") or {}) | (sweep.resources.get("size_of") or {})
-    size = size_of.get(point.config.model.name) if point.config.model is not None else None
+    size = size_of.get(_model_name(point))
     values: dict[str, Any] = {}
     for level in (cluster, sweep.resources):
         values |= {key: value for key, value in level.items() if key not in ("sizes", "size_of")}
@@ -36,6 +38,17 @@ def resources_of(point: Point, sweep: SweepConfig, cluster: dict[str, Any]) -> R
         if level is cluster and values.get("mem_gb") and values.get("gpus_per_node"):
             values["mem_gb"] = max(values["mem_gb"], _needed_gb(point))
     return build_resources(values)
+
+
+def _model_name(point: Point) -> str | None:
+    """The name of the point's model, of an evaluation's checkpoint that of the run it lies in; None where there is none."""
+    if point.config.model is not None:
+        return point.config.model.name
+    place = Path(point.config.checkpoint)
+    for folder in (place, place.parent.parent):
+        if (folder / "config.json").is_file():
+            return (json.loads((folder / "config.json").read_text()).get("model") or {}).get("name")
+    return None
 
 
 def _needed_gb(point: Point) -> int:
@@ -47,7 +60,11 @@ def _needed_gb(point: Point) -> int:
 def slurm_parameters(point: Point, resources: Resources, name: str) -> dict[str, Any]:
     """The resources as `submitit.AutoExecutor.update_parameters` takes them, for a job called `name`."""
     devices, nodes = _processes(point)
-    nodes = resources.nodes or nodes
+    if resources.nodes not in (None, nodes):
+        raise ValueError(
+            f"{' '.join(point.overrides)}: nodes={resources.nodes} of the job are not the {nodes} of the run, which would "
+            "find other processes than it was told of; leave nodes out, and say num_nodes=<nodes> of the run"
+        )
     gpus = resources.gpus_per_node
     more = {"requeue": True} | (resources.additional_parameters or {})
     found = {
@@ -71,9 +88,13 @@ def slurm_parameters(point: Point, resources: Resources, name: str) -> dict[str,
 
 
 def _srun_args(resources: Resources, num_processes: int) -> list[str] | None:
-    """srun does not inherit the processors of a task since 22.05, and leaves processes waiting for one that died."""
+    """What submitit leaves to srun, whose defaults do not suit.
+
+    It does not inherit the processors of a task since 22.05; it leaves processes waiting for one that died; and where
+    slurm.conf has a WaitTime it ends the first, which evaluates, so many seconds after the others have left.
+    """
     words = [f"--cpus-per-task={resources.cpus_per_task}"] if resources.cpus_per_task else []
-    return [*words, *(["--kill-on-bad-exit=1"] if num_processes > 1 else [])] or None
+    return [*words, *(["--kill-on-bad-exit=1", "--wait=0"] if num_processes > 1 else [])] or None
 
 
 def _processes(point: Point) -> tuple[int, int]:
