@@ -135,6 +135,14 @@ def test_one_run_with_two_evaluations_at_its_end_is_refused():
         points_of("eval.num_problems=8,16")
 
 
+@pytest.mark.parametrize("word", ["eval_after=false", "devices=2", "threads=1", "tracking=wandb"])
+def test_one_run_that_is_asked_for_in_two_ways_is_refused(word):
+    words = ["model=tiny", "accumulate=2"]
+    with pytest.raises(ValueError, match=rf"are one run, since {word.partition('=')[0]} does not decide what comes"):
+        expand(sweep_of({"overrides": words}, {"overrides": [*words, word]}))
+    assert len(expand(sweep_of({"overrides": [*words, word]}, {"overrides": [*words, word], "then": [TASK]}))) == 1
+
+
 def test_points_in_one_folder_are_refused():
     with pytest.raises(ValueError, match="would share the folder runs/mine"):
         points_of("out=runs/mine", "seed=0,1")

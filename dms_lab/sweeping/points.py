@@ -9,7 +9,7 @@ is submitted.
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dms_lab.config import TrainConfig, config_hash, resolve, run_folder, valid_keys
@@ -102,11 +102,17 @@ def _evaluated(composer: Composer, words: Sequence[str], sweep: str) -> Point:
 
 
 def _joined(known: Point, point: Point) -> Point:
-    """One point of two that share a hash, with the evaluations of both."""
+    """One point of two that share a hash, with the evaluations of both; `ValueError` if one setting would be dropped."""
     if known.command == "train" and known.config.eval != point.config.eval:
         raise ValueError(
             f"{' '.join(known.overrides)} and {' '.join(point.overrides)} are one run, since eval.* does not decide what "
             "is trained; ask for other evaluations with then:"
+        )
+    one, other = asdict(known.config), asdict(point.config)
+    if differing := [key for key in one if one[key] != other[key]]:
+        raise ValueError(
+            f"{' '.join(known.overrides)} and {' '.join(point.overrides)} are one run, since {', '.join(differing)} does "
+            "not decide what comes out of it; say the same of it in both"
         )
     asked = {evaluation.hash: evaluation for evaluation in (*known.then, *point.then)}
     return replace(known, then=tuple(asked.values()))
