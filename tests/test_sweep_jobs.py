@@ -208,6 +208,12 @@ def test_of_several_processes_the_first_alone_locks_and_evaluates(working_folder
     assert done == ["trained", "trained", "evaluated"]
 
 
+def test_torchrun_within_a_job_of_slurm_says_which_process_this_is(monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("RANK", "3")
+    assert job._rank() == 3
+
+
 def test_several_processes_meet_in_their_training_whatever_one_of_them_sees_done(working_folder, monkeypatch):
     done = []
     monkeypatch.setattr(steps.Training, "run", lambda self: done.append("trained"))

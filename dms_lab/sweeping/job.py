@@ -110,8 +110,8 @@ def job_of(point: Point, root: Path, notice_seconds: float = Resources.signal_de
 
 
 def _rank() -> int:
-    """Which process of the job this is: srun's, or torchrun's."""
-    return int(os.environ.get("SLURM_PROCID", os.environ.get("RANK", "0")))
+    """Which process of the job this is: torchrun's, also within a job of Slurm, or srun's."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 # -- one job at a time -------------------------------------------------------------------------------------------------
