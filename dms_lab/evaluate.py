@@ -51,11 +51,10 @@ def run(cfg: DictConfig) -> None:
     from dms_lab.evaluation_config import resolve_evaluate
 
     config = resolve_evaluate(OmegaConf.to_container(cfg, resolve=True))
-    if config.threads is not None:
-        import torch
-
-        torch.set_num_threads(config.threads)
     from dms_lab.evaluation.reasoning import evaluate_benchmarks
+    from dms_lab.threads import set_threads
+
+    set_threads(config.threads)
 
     evaluate_benchmarks(config)
 
@@ -64,6 +63,7 @@ def evaluate_again(cfg: DictConfig) -> None:
     """The evaluation that a run ends with, once more."""
     from dms_lab.evaluation.report import evaluate_run, load_config, run_of
     from dms_lab.evaluation_config import ratios, tracking_of
+    from dms_lab.threads import set_threads
 
     if cfg.checkpoint is None:
         raise ValueError("give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning for benchmarks")
@@ -72,10 +72,7 @@ def evaluate_again(cfg: DictConfig) -> None:
     for key, default in unused.items():
         if cfg.get(key) != default:
             raise ValueError(f"{key}={cfg.get(key)} is for benchmarks; add eval=reasoning")
-    if cfg.threads is not None:
-        import torch
-
-        torch.set_num_threads(cfg.threads)
+    set_threads(cfg.threads)
     place = Path(cfg.checkpoint)
     folder = run_of(place)
     config = dataclasses.replace(load_config(folder), tracking=tracking_of(cfg.tracking))

@@ -38,16 +38,14 @@ def main(cfg: DictConfig) -> None:
 
 def run(config: "GenerateConfig") -> None:
     """Reads what is asked, then loads what answers: a mistake in a file is told before weights are read."""
-    import torch
-
     from dms_lab import answers, models
     from dms_lab.chains import Prompt
     from dms_lab.evaluation.report import base_of
     from dms_lab.terminal import quiet
+    from dms_lab.threads import set_threads
 
     quiet()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     model = config.model if config.model is not None else base_of(Path(config.checkpoint))
     tokenizer = models.load_tokenizer(model)
     if config.prompt is not None:

@@ -32,7 +32,7 @@ LAYERS = [
         "sampling",
         "models",
     },
-    {"training", "evaluation", "results", "plots", "tracking", "terminal", "answers"}
+    {"training", "evaluation", "results", "plots", "tracking", "terminal", "threads", "answers"}
     | {"sweeping", "comparison", "published", "economics", "html_report", "inspection"},
     {"multirun", "train", "evaluate", "demo", "pretrain", "preview", "generate", "harness", "sweep", "__main__"},
 ]

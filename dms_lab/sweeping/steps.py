@@ -113,9 +113,10 @@ class Dialled:
         """Evaluates at each ratio, or goes on."""
         from dms_lab.evaluation.once import evaluate_dialled_once
         from dms_lab.terminal import quiet
+        from dms_lab.threads import set_threads
 
         quiet()
-        _set_threads(self.config.threads)
+        set_threads(self.config.threads)
         evaluate_dialled_once(self._asked(), self.folder, self.config.cr, self.config.calibrate)
 
     def _asked(self) -> TrainConfig:
@@ -152,9 +153,10 @@ class Benchmarks:
         self._check_trained()
         os.environ["TQDM_DISABLE"] = "1"  # read on import; a log needs no bars
         from dms_lab.terminal import quiet
+        from dms_lab.threads import set_threads
 
         quiet()
-        _set_threads(self.config.threads)
+        set_threads(self.config.threads)
         from dms_lab.evaluation.reasoning import evaluate_benchmarks
 
         drop_cut_off_line(self.folder)
@@ -178,10 +180,3 @@ Step = Training | OwnEvaluation | Dialled | Benchmarks
 def evaluation_step(config: EvaluateConfig | DialConfig, run: TrainConfig | None = None) -> Step:
     """The step of an evaluation, of `run` if it follows a training."""
     return Dialled(config, run) if isinstance(config, DialConfig) else Benchmarks(config)
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from dms_lab import models, results
 from dms_lab.attachment import retrofit
@@ -20,6 +19,7 @@ from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.evaluation.evaluated import EVALUATED, PART
 from dms_lab.policies.dms import DmsConfig
+from dms_lab.threads import set_threads
 from dms_lab.tracking import Tracker, closing
 from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
@@ -145,8 +145,7 @@ def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, 
         _log.info("%s is finished already", folder)
         return Outcome(folder, True, is_first=world.is_first)
     L.seed_everything(config.seed, verbose=False)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     data = agree(world, lambda: _load_data(config))  # before the weights: what is wrong with it costs no minutes
     check_same(world, "training rows", data.fingerprint() if world.size > 1 else None)
     module, base = _load_module(config, world)
