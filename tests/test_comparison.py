@@ -416,6 +416,17 @@ def test_how_accurate_an_equal_budget_is():
     assert np.isnan([table["accuracy"][2], table["difference"][2]]).all()
 
 
+def test_an_accuracy_that_is_held_to_an_equal_budget_is_called_so():
+    rows = [
+        *steps("full", 1.0, (8.0, 1), (16.0, 2), (32.0, 3), (64.0, 4)),
+        *steps("dms", 8.0, (8.0, 2), (16.0, 3), (32.0, 1)),
+    ]
+    table = comparison.equal_budget(frame(*rows))
+    table = table[table["budget"] == "kv_reads"]
+    assert table["is_held"].tolist() == [False, False, True, False]
+    assert table["accuracy"].tolist()[:3] == [0.5, 0.75, 0.75]
+
+
 def test_a_study_of_many_curves_is_compared_in_seconds():
     """16 variants of 4 ratios on 3 tasks of 3 seeds: what the figures of a sweep ask for."""
     import time

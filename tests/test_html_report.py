@@ -280,6 +280,19 @@ def versus(margins):
     return tables.versus_table(margins, empty, empty, "Against")
 
 
+def test_a_difference_at_a_budget_to_which_the_curve_is_held_is_called_so():
+    margins = frames.margins(methods=[("full", "", 1.0, 0.6), ("dms", "", 8.0, 0.5)]).query("budget == 'kv_reads'")
+    budgets = margins.assign(at=100.0, accuracy=0.5, against_accuracy=0.4, difference=0.1, is_held=True)
+    budgets = budgets.assign(against_width=1, against_max_tokens=None)
+    empty = budgets.head(0).assign(at_least=[], status=[])
+    for is_held, at, status in ((True, "100 (held)", "held"), (False, "100", None)):
+        mine = budgets.assign(is_held=is_held)
+        shown = tables.versus_table(margins, empty, mine, "Against")
+        assert shown.rows[0][shown.columns.index("at a budget of")].text == at
+        each = tables.equal_budget_table(mine, "At equal budget")
+        assert ("status" in each.columns) == (status is not None)
+
+
 @pytest.mark.parametrize("make", [versus, lambda margins: tables.margins_table(margins, "Margins")])
 def test_beside_a_margin_stand_what_it_rests_on_and_what_it_is_without(make):
     margins = frames.margins(methods=[("full", "", 1.0, 0.6), ("dms", "", 8.0, 0.5), ("h2o", "", 8.0, 0.5)])

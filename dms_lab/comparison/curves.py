@@ -108,7 +108,8 @@ def equal_budget(frame: "pd.DataFrame", against: str = "full", by: str | None = 
     """One row per curve, budget and frontier point of the baseline: the curve's accuracy at its budget `at`.
 
     `difference` to the baseline's accuracy with its 95 % interval `low`, `high`; NaN where the curve does not reach to
-    that budget. Otherwise as `margins`.
+    that budget. `is_held`: it is beyond the last point of the curve's frontier, whose accuracy stands for it. Otherwise as
+    `margins`.
     """
     rows = []
     for pair in _pairs(frame, against, by):
@@ -119,10 +120,11 @@ def equal_budget(frame: "pd.DataFrame", against: str = "full", by: str | None = 
             at, other = point.mean(pair.budget), point.accuracy
             accuracy = float(pareto.accuracy_at(*pair.curve, at, axis))
             what = {"at": at, "accuracy": accuracy, "against_accuracy": other, "difference": accuracy - other}
-            rows.append(pair.head | _who(point) | what | {"low": low, "high": high})
+            is_held = not math.isnan(accuracy) and at > on_frontier(pair.points, pair.budget)[-1].mean(pair.budget)
+            rows.append(pair.head | _who(point) | what | {"low": low, "high": high, "is_held": is_held})
         if not found:
             what = dict.fromkeys(("at", "accuracy", "against_accuracy", "difference", "low", "high"), math.nan)
-            rows.append(pair.head | _who(None) | what)
+            rows.append(pair.head | _who(None) | what | {"is_held": False})
     return table_of(rows)
 
 

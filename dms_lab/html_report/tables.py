@@ -175,7 +175,7 @@ def equal_budget_table(frame: "pd.DataFrame", caption: str) -> Table:
             "accuracy": percent(row["accuracy"]),
             "of baseline": percent(row["against_accuracy"]),
             "difference": _difference(row),
-            "status": text("not measured there" if is_missing(row["accuracy"]) else ""),
+            "status": text("not measured there" if is_missing(row["accuracy"]) else "held" if row["is_held"] else ""),
         }
 
     return _against_table(frame, caption, cells)
@@ -223,7 +223,8 @@ def versus_table(margins: "pd.DataFrame", accuracy: "pd.DataFrame", budgets: "pd
         cells["times less"] = _times(reached[0]) if reached else Cell("")
         cells["for accuracy"] = percent(reached[0]["accuracy"]) if reached else _status(same[0])
         cells["difference"] = _difference(covered[0]) if covered else Cell("")
-        cells["at a budget of"] = _cost(covered[0]["at"], row["budget"]) if covered else Cell("")
+        at = _cost(covered[0]["at"], row["budget"]) if covered else Cell("")
+        cells["at a budget of"] = Cell(f"{at.text} (held)", at.value) if covered and covered[0]["is_held"] else at
         rows.append(cells)
     return table(f"{caption}; {_RESTS_ON}", rows)
 
