@@ -34,7 +34,7 @@ many_chains = Path("../experiments/hyper_scaling")  # one to eight chains a prob
 # DMS was. Rules with a budget get as many tokens as DMS was measured to hold.
 
 # %%
-frame = results.load(*(sorted(one_chain.glob("results*.csv")) or sorted(one_chain.glob("results*.jsonl"))))
+frame = results.load(one_chain)
 points = comparison.curve_points(frame)
 display(plots.accuracy_figure(points, "peak_tokens", "exact match (%)"))
 
@@ -49,10 +49,8 @@ display(plots.accuracy_figure(points, "peak_tokens", "exact match (%)"))
 
 # %%
 shares = ["accuracy", "accuracy_low", "accuracy_high"]
-table = points[["method", "target_cr", "measured_cr", *shares, "perplexity", "peak_tokens"]]
-text_cr = frame[frame["perplexity"].notna()].groupby(["method", "target_cr"])["measured_cr"].mean().rename("text_cr")
-table = table.merge(text_cr.reset_index(), on=["method", "target_cr"], how="left")
-table["method"] = table["method"].map(plots.display_name)
+table = points[["method", "target_cr", "measured_cr", *shares, "perplexity", "text_cr", "peak_tokens"]]
+table = table.assign(method=table["method"].map(plots.display_name))
 table[shares] = (100 * table[shares]).round(1)
 HTML(table.sort_values(["target_cr", "accuracy"]).round(2).to_html(index=False, float_format="{:.10g}".format))
 
@@ -64,7 +62,7 @@ Markdown(
     f"At a ratio of {best['target_cr']:g} (measured {best['measured_cr']:.2f}) DMS answers {best['accuracy']:.1%} "
     f"[{best['accuracy_low']:.1%}, {best['accuracy_high']:.1%}], full attention {full['accuracy']:.1%}; the best method "
     f"that does not evict by a learned decision, {rest['accuracy'].max():.1%}. The perplexity of the text, which it "
-    f"compresses {text_cr[best['method'], best['target_cr']]:.2f} times, rises from {full['perplexity']:.2f} to "
+    f"compresses {best['text_cr']:.2f} times, rises from {full['perplexity']:.2f} to "
     f"{best['perplexity']:.2f}."
 )
 
@@ -77,7 +75,7 @@ Markdown(
 # (time), the second what is **held** at the worst moment (memory).
 
 # %%
-frame = results.load(*(sorted(many_chains.glob("results*.csv")) or sorted(many_chains.glob("results*.jsonl"))))
+frame = results.load(many_chains)
 points = comparison.curve_points(frame)
 for budget in ("kv_reads", "peak_tokens"):
     display(plots.accuracy_figure(points, budget, "majority vote (%)"))
@@ -96,22 +94,26 @@ for budget in ("kv_reads", "peak_tokens"):
 whole = comparison.margins(frame)
 display(plots.margins_figure(whole))
 each = comparison.margins(frame, by="target_cr").assign(of=lambda rows: rows["target_cr"].map("CR {:g} alone".format))
-columns = ["of", "budget", "margin", "low", "high", "budget_low", "budget_high", "doublings"]
+columns = ["of", "budget", "margin", "low", "high", "held_share", "margin_unheld", "budget_low", "budget_high", "doublings"]
 for rows in (whole.assign(of="all ratios"), each):
     rows["doublings"] = np.log2(rows["budget_high"] / rows["budget_low"]).round(3)
-    rows[["margin", "low", "high"]] = (100 * rows[["margin", "low", "high"]]).round(1)
+    shares = ["margin", "low", "high", "held_share", "margin_unheld"]
+    rows[shares] = (100 * rows[shares]).round(1)
     rows[["budget_low", "budget_high"]] = rows[["budget_low", "budget_high"]].round()
     display(HTML(rows[columns].to_html(index=False, na_rep="", float_format="{:,.10g}".format)))
 
 # %% [markdown]
 # **Look at** the range first (`budget_low` to `budget_high`, in doublings): outside it nothing is compared, and a
-# margin over a small fraction of a doubling is one point's luck. **Do not conclude** anything finer than the
-# interval. Where `low` and `high` are empty, the results kept no score of single problems: how sure the margin is
-# cannot be said.
+# margin over a small fraction of a doubling is one point's luck. Then at `held_share`, in percent: in so much of the
+# range one of the two curves had no point of its own, and its best is held to the largest budget that was spent on it.
+# `margin_unheld` (the tick on a bar) is the margin over the rest alone, as the paper defines it; where it is empty
+# there is no rest. **Do not conclude** anything finer than the interval. Where `low` and `high` are empty, the results
+# kept no score of single problems: how sure the margin is cannot be said.
 #
 # ## 4. Equal accuracy, equal budget
 #
-# The same comparison, read along the two axes, at each point where full attention is at its best for its price.
+# The same comparison, read along the two axes, at each point where full attention is at its best for its price. An
+# accuracy that `is_held` is that of DMS's last point, for fewer tokens than full attention has there.
 
 # %%
 equal = comparison.equal_accuracy(frame)
@@ -129,12 +131,15 @@ same = comparison.equal_budget(frame)
 same = same[same["budget"].isin(plots.TOKEN_BUDGETS)]
 shares = ["against_accuracy", "accuracy", "difference", "low", "high"]
 table = same.assign(at=same["at"].round(), **(100 * same[shares]).round(1))
-table = table[["budget", "against_width", "against_max_tokens", "at", *shares]]
+table = table[["budget", "against_width", "against_max_tokens", "at", *shares, "is_held"]]
 names = {"against_width": "chains", "against_max_tokens": "limit", "at": "both have"}
 names |= {"accuracy": "DMS", "against_accuracy": "full attention"}
 display(HTML(table.rename(columns=names).to_html(index=False, na_rep="", float_format="{:,.10g}".format)))
-comparable = same[same["difference"].notna()]
-gains = [f"{100 * row['difference']:+.1f} points in {row['budget']} at {row['at']:.0f}" for _, row in comparable.iterrows()]
+comparable = same[same["difference"].notna()].assign(held=same["is_held"].map({True: " (held)", False: ""}))
+gains = [
+    f"{100 * row['difference']:+.1f} points in {row['budget']} at {row['at']:.0f}{row['held']}"
+    for _, row in comparable.iterrows()
+]
 cheaper = equal[equal["ratio"].notna()].groupby("budget")["ratio"].agg(["min", "max"])
 ratios = [f"{row['min']:.1f} to {row['max']:.1f} times less in {budget}" for budget, row in cheaper.iterrows()]
 Markdown(
@@ -164,7 +169,8 @@ Markdown("| model | one token | CR 1 | CR 2 | CR 4 | CR 8 |\n|---|---|---|---|--
 # %% [markdown]
 # Time follows memory. A step of decoding reads the weights once, and the cache of every sequence. The figure shows
 # which share of the step's least possible time goes to reading keys and values, on one H100 (a roofline: no program
-# can be faster, most are slower).
+# can be faster, most are slower). Where weights and cache together are more than its 80 GB, there is no such step on
+# one: lines go on pale there, and end in a full circle at the last number of sequences that fits.
 
 # %%
 shape = economics.ModelShape(num_layers=36, hidden=4096, mlp=12288, kv_width=1024, vocabulary=151936)  # Qwen3-8B
@@ -172,25 +178,30 @@ batches = [2**power for power in range(9)]
 figure, panels = plt.subplots(1, 2, figsize=(6.9, 2.5), layout="constrained")
 for cr, style in ((1, "k-"), (4, "k--"), (8, "k:")):
     steps = [economics.decode_step(shape, economics.H100_SXM, batch, 8192, cr) for batch in batches]
-    panels[0].plot(batches, [100 * step.kv_share for step in steps], style, label=f"CR {cr}")
-    panels[1].plot(
-        batches, [batch / step.seconds for batch, step in zip(batches, steps, strict=True)], style, label=f"CR {cr}"
-    )
+    shares = [100 * step.kv_share for step in steps]
+    rates = [batch / step.seconds for batch, step in zip(batches, steps, strict=True)]
+    last = sum(step.fits for step in steps)
+    for panel, values in zip(panels, (shares, rates), strict=True):
+        panel.plot(batches, values, style, alpha=0.25)
+        panel.plot(batches[:last], values[:last], style, label=f"CR {cr}", marker="o", markevery=[-1], markersize=4)
 panels[0].set(ylabel="share of the time (%)", ylim=(0, 100), title="reading keys and values")
 panels[1].set(ylabel="tokens a second, at most", yscale="log", title="throughput")
 for panel in panels:
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:.0f}")
     panel.set_xlabel("sequences side by side, 8,192 tokens each")
-    panel.legend()
+    panel.legend(title="pale: more than 80 GB")
 plt.show()
+
+# %%
 alone, crowd = (economics.decode_step(shape, economics.H100_SXM, batch, 8192) for batch in (1, 64))
 small = economics.decode_step(shape, economics.H100_SXM, 64, 8192, 8)
+fitting = "fit" if crowd.fits else "do not fit"
 Markdown(
     f"One sequence alone spends {alone.kv_share:.0%} of its time on the cache: the weights rule, compression gains little. "
     f"64 side by side spend {crowd.kv_share:.0%}, and a ratio of 8 makes their step at best "
-    f"{crowd.seconds / small.seconds:.1f} times as fast, in time alone: uncompressed, their cache and the weights do not "
-    "fit into the 80 GB of one H100."
+    f"{crowd.seconds / small.seconds:.1f} times as fast, in time alone: uncompressed, their cache and the weights, "
+    f"{crowd.total_bytes / 1e9:.0f} GB, {fitting} into the {economics.H100_SXM.memory_bytes / 1e9:.0f} GB of one H100."
 )
 
 # %% [markdown]
