@@ -6,6 +6,7 @@ What a checkpoint was trained for is a point on this dial. The ratio falls as th
 the way changes what later layers compute, so each threshold is measured by forwards of its own.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from dms_lab.attachment import Retrofit
 from dms_lab.cache.masked import MaskedCache
 
+_log = logging.getLogger(__name__)
 _FIRST_STEP = 2.0  # in units of the eviction logit; a trained scale of 100 spreads logits over some tens
 _WIDEST = 4096.0
 _FINEST = 1e-3
@@ -46,8 +48,8 @@ def dial(handle: Retrofit, documents: Sequence[Sequence[int]], cr: float, tolera
 
     `cr` is full / kept at the ends of the documents, the window included, over all layers and KV heads. The handle keeps
     the new threshold, as its policy's `offset`; caches made before refuse to go on. `tolerance` is relative: a threshold
-    that no decision lies near may leave more. Raises `ValueError` for a policy without predictors, no documents, or a ratio
-    that no threshold reaches: the window alone keeps too much, or `cr` is below 1.
+    that no decision lies near may leave more, which is logged as a warning. Raises `ValueError` for a policy without
+    predictors, no documents, or a ratio that no threshold reaches: the window alone keeps too much, or `cr` is below 1.
     """
     if not handle.predictors:
         raise ValueError("only a learned policy has a threshold to move; this model has no predictor")
@@ -60,10 +62,18 @@ def dial(handle: Retrofit, documents: Sequence[Sequence[int]], cr: float, tolera
         return measured_cr(handle, documents)
 
     try:
-        return _search(at, cr, tolerance, _most(handle, documents))
+        found = _search(at, cr, tolerance, _most(handle, documents))
     except BaseException:
         handle.set_offset(before)
         raise
+    if abs(found.measured_cr / cr - 1) > tolerance:
+        _log.warning(
+            "cr=%g was not met: the nearest threshold compresses the calibration text %.3f times. Its decisions lie too "
+            "close together; give more text, or take what was measured for what it is",
+            cr,
+            found.measured_cr,
+        )
+    return found
 
 
 def _most(handle: Retrofit, documents: Sequence[Sequence[int]]) -> float:

@@ -13,6 +13,7 @@ from dms_lab.tiny.tokenizer import train_tokenizer
 from dms_lab.training import documents
 from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
 from dms_lab.training.packing import collate
+from dms_lab.training.text_files import text_files
 
 # As R1's: thoughts of assistant turns are dropped, the generation prompt opens one.
 R1 = (
@@ -178,13 +179,13 @@ def test_a_folder_is_searched_by_extension_and_the_split_goes_by_relative_path(t
         (tmp_path / f"d{i}").mkdir()
         (tmp_path / f"d{i}" / "same.py").write_text("x")
     (tmp_path / "d0" / "no.bin").write_text("x")
-    files = documents.text_files(str(tmp_path), (".py",))
+    files = text_files(str(tmp_path), (".py",))
     training, held_out = documents.split_held_out(files)
     assert len(files) == 60
     assert sorted(training + held_out) == files
     assert {f for f in files if documents.is_held_out(f"{f.parent.name}/same.py")} == set(held_out)
     with pytest.raises(ValueError, match="no file found"):
-        documents.text_files(str(tmp_path), (".rst",))
+        text_files(str(tmp_path), (".rst",))
 
 
 def test_a_file_that_is_not_utf8_is_left_out_aloud(tmp_path, tokenizer, caplog):

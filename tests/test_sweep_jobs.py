@@ -152,6 +152,20 @@ def test_rows_that_are_not_those_that_were_evaluated_do_not_stand_for_them(worki
     assert own.is_done()
 
 
+def test_a_calibration_text_that_was_changed_is_another_evaluation(working_folder):
+    text = working_folder / "mine.txt"
+    text.write_text("x = 1\n")
+    point = one_point(*TINY, then=[["cr=3", f"calibrate={text}"], ["cr=3"]])
+    finish(point)
+    made = job_of(point, working_folder)
+    assert all(step.is_done() for step in made.steps())
+    text.write_text("x = 2\n")
+    assert [step.is_done() for step in made.steps()] == [True, True, False, True]
+    text.unlink()
+    assert not made.steps()[2].is_done()
+    assert "calibrate_content" not in made.steps()[3].what  # what was recorded before there were contents
+
+
 def test_a_folder_of_another_run_is_not_a_done_point(working_folder):
     point = one_point(*TINY, "out=runs/mine")
     finish(point)

@@ -19,6 +19,7 @@ from dms_lab.tiny.corpus import Document
 from dms_lab.training import documents
 from dms_lab.training.data import held_out_documents
 from dms_lab.training.packing import fit
+from dms_lab.training.text_files import text_files
 
 CALIBRATION_TOKENS = 16384
 
@@ -63,9 +64,9 @@ def calibration_rows(config: TrainConfig | None, text: str | None, tokenizer: Pr
 def _own_documents(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Document]:
     """The user's documents: chats of `.jsonl` files, else text files in pieces."""
     if text.endswith(".jsonl"):
-        lines, held_out = documents.split_lines(documents.text_files(text, (".jsonl",)))
+        lines, held_out = documents.split_lines(text_files(text, (".jsonl",)))
         return documents.chat_documents([*lines, *held_out], tokenizer, documents.BadLines(20))
-    files = documents.text_files(text, DataConfig("text").extensions)
+    files = text_files(text, DataConfig("text").extensions)
     return documents.text_documents(files, tokenizer, CALIBRATION_TOKENS)
 
 

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dms_lab.config import TrainConfig
+from dms_lab.config import DataConfig, TrainConfig
+from dms_lab.training.text_files import content_hash, text_files
 
 EVALUATED = "evaluated.json"
 PART = "evaluation.part.jsonl"  # of `partial`: what an evaluation has measured that is not finished
@@ -21,8 +22,18 @@ def own_evaluation(config: TrainConfig) -> dict[str, Any]:
 
 
 def dialled_evaluation(config: TrainConfig, ratios: Sequence[float], text: str | None) -> dict[str, Any]:
-    """What an own evaluation at other ratios is asked; `text` is what it was calibrated on."""
-    return own_evaluation(config) | {"cr": list(ratios), "calibrate": text}
+    """What an own evaluation at other ratios is asked; `text` names what it was calibrated on, whose content counts."""
+    asked = own_evaluation(config) | {"cr": list(ratios), "calibrate": text}
+    return asked if text is None else asked | {"calibrate_content": _content(text)}
+
+
+def _content(text: str) -> str | None:
+    """What is in the files that calibrate= names; None if they are gone, which only matters if they are to be read."""
+    extensions = (".jsonl",) if text.endswith(".jsonl") else DataConfig("text").extensions
+    try:
+        return content_hash(text_files(text, extensions))
+    except ValueError:
+        return None
 
 
 def is_recorded(folder: Path, what: dict[str, Any]) -> bool:

@@ -23,6 +23,7 @@ from dms_lab.tiny import corpus
 from dms_lab.tiny.corpus import Document
 from dms_lab.training import documents
 from dms_lab.training.packing import PackedRows, collate, compact, fit, pack, trim
+from dms_lab.training.text_files import text_files
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ def _training_documents(config: TrainConfig, tokenizer: PreTrainedTokenizerBase)
         return documents.openr1_documents(data.path, tokenizer, evaluated, bad, seed=config.seed)
     if data.kind == "jsonl":
         return _chats(config, tokenizer, bad, held_out=False)
-    training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
+    training, held_out = documents.split_held_out(text_files(data.path, data.extensions))
     if not held_out:
         return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[0]
     random.Random(f"{config.seed} files").shuffle(training)
@@ -130,7 +131,7 @@ def _held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterab
         return documents.openr1_documents(data.path, tokenizer, [], bad, held_out=True)
     if data.kind == "jsonl":
         return _chats(config, tokenizer, bad, held_out=True)
-    training, held_out = documents.split_held_out(documents.text_files(data.path, data.extensions))
+    training, held_out = documents.split_held_out(text_files(data.path, data.extensions))
     if not held_out:
         return _split_last(list(documents.text_documents(training, tokenizer, config.context)), data.path)[1]
     random.Random("held-out files").shuffle(held_out)
@@ -140,7 +141,7 @@ def _held_out(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Iterab
 def _chats(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, bad: documents.BadLines, held_out: bool
 ) -> Iterable[Document]:
-    training, kept = documents.split_lines(documents.text_files(config.data.path, (".jsonl",)))
+    training, kept = documents.split_lines(text_files(config.data.path, (".jsonl",)))
     if held_out and not kept:
         _log.warning("%s holds one line alone: held-out figures are of text trained on", config.data.path)
         kept = training

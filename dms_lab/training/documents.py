@@ -13,7 +13,6 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from glob import glob
 from pathlib import Path
 
 from jinja2 import TemplateError
@@ -41,22 +40,6 @@ def tiny_document(rng: random.Random, tokenizer: PreTrainedTokenizerBase, contex
 
 
 # -- text files -----------------------------------------------------------------------------------------------------
-def text_files(path: str, extensions: tuple[str, ...]) -> list[Path]:
-    """The files that a path, folder (searched with its subfolders) or glob names, in order; `ValueError` if none."""
-    place = Path(path).expanduser()
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = [p for p in place.rglob("*") if p.suffix in extensions and p.is_file()]
-        what = f"the folder {path} with extensions {', '.join(extensions)}"
-    else:
-        found = [Path(p) for p in glob(str(place), recursive=True) if Path(p).is_file()]
-        what = f"the glob {path}"
-    if not found:
-        raise ValueError(f"data.path: no file found by {what}; give a file, a folder or a glob, or set data.extensions")
-    return sorted(found)
-
-
 def is_held_out(name: str) -> bool:
     """Whether something of that name (a relative path, a problem's text) is kept for evaluation: one in ten, by a hash."""
     return hashlib.sha256(name.encode()).digest()[0] % 10 == 0
