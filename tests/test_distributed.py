@@ -281,7 +281,7 @@ def test_processes_that_nobody_launched_are_refused_with_the_lines_that_launch_t
         train(make_config(devices=4, num_nodes=2, accumulate=8))
     assert "torchrun --nnodes 2" in str(error.value)
     assert "--nproc-per-node 4 -m dms_lab.train devices=4 num_nodes=2" in str(error.value)
-    assert "srun --nodes 2 --ntasks-per-node 4 --kill-on-bad-exit=1 python -m dms_lab.train" in str(error.value)
+    assert "srun --nodes 2 --ntasks-per-node 4 --kill-on-bad-exit=1 --wait=0 python -m dms_lab.train" in str(error.value)
     with pytest.raises(ValueError, match=r"torchrun --standalone --nproc-per-node 2 -m dms_lab.train devices=2"):
         find_world(make_config(devices=2))
 

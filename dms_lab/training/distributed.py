@@ -134,7 +134,7 @@ def _how_to_launch(config: TrainConfig) -> str:
     where = " on every node" if nodes > 1 else ""
     return (
         f"`torchrun {meeting} --nproc-per-node {devices} {words}`{where}, or in a job of Slurm "
-        f"`srun --nodes {nodes} --ntasks-per-node {devices} --kill-on-bad-exit=1 python {words}`"
+        f"`srun --nodes {nodes} --ntasks-per-node {devices} --kill-on-bad-exit=1 --wait=0 python {words}`"
     )
 
 
