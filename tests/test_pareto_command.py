@@ -204,13 +204,14 @@ def test_the_report_says_what_its_intervals_are_over(tmp_path, undrawn, capsys, 
 SWEEP = """
 question: Does it need a window?
 parts:
-  - overrides: [model=tiny, trained=all, eval_after=false, steps=20, cr=2, "cr_family=[2]", context=128, "window=4,8"]
+  - overrides: [model=tiny, trained=all, steps=20, cr=2, "cr_family=[2]", context=128, "window=4,8"]
 """
 
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """A sweep of two points whose trainings are done, with a result each."""
+    """A sweep of two points whose trainings and own evaluations are done, with a result each."""
+    from dms_lab.evaluation.evaluated import own_evaluation, record
     from dms_lab.sweep_config import load_sweep
     from dms_lab.sweeping.points import expand
 
@@ -224,9 +225,10 @@ def sweep(tmp_path, monkeypatch):
         place.mkdir(parents=True)
         (place / "done.json").write_text(json.dumps({"config_hash": point.hash}))
         (place / "metrics.jsonl").write_text('{"step": 10, "retained_per_head": [[1.0, 0.5]]}\n')
-        own = {"run_id": place.name, "width": 1, "max_tokens": 96}
+        own = {"run_id": place.name, "width": 1, "max_tokens": None, "settings": {}}
         full = a_result(method="full", target_cr=1.0, **own)
         results.append(place / results.RESULTS, [full, a_result(method="dms", target_cr=2.0, accuracy=accuracy, **own)])
+        record(place, own_evaluation(point.config), 2)
     return folder, points
 
 
