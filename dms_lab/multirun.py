@@ -61,6 +61,7 @@ class Multirun(Callback):
     """Prepares a multirun and ends it. Hydra swallows what a callback raises: an error here ends the process itself."""
 
     unfinished: ClassVar["Multirun | None"] = None
+    recording: ClassVar[ExitStack] = ExitStack()  # of the class: Hydra pickles a callback with every job
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Checks every point, sets the launcher and the sweeper, leaves the sweep's file."""
@@ -76,15 +77,14 @@ class Multirun(Callback):
         except (ValueError, HydraException) as error:
             sys.exit(f"error: {str(error).removeprefix('parts[0]').lstrip(',: ')}")
         shutil.rmtree(self._folder / OUTCOMES, ignore_errors=True)
-        self._recording = ExitStack()
         if self._asked.cluster == "slurm" and self._asked.name is not None:
-            self._recording.enter_context(recorded(self._asked, self._points))
+            Multirun.recording.enter_context(recorded(self._asked, self._points))
         Multirun.unfinished = self
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Lists the points that failed; with any, the exit status is 1."""
         Multirun.unfinished = None
-        self._recording.close()
+        Multirun.recording.close()
         if self.finish():
             sys.exit(1)
 
@@ -139,7 +139,7 @@ class Multirun(Callback):
         multirun, cls.unfinished = cls.unfinished, None
         if multirun is None:
             return
-        multirun._recording.close()
+        cls.recording.close()
         multirun.finish()
         if multirun._asked.cluster == "slurm":
             told = "squeue" if multirun._asked.name is None else f"dms_lab.sweep status {multirun._asked.sweep.folder}"

@@ -318,6 +318,24 @@ def test_jobs_of_hydras_launcher_are_in_the_sweeps_record_in_which_status_and_su
     assert f"failed {points[1].name}: no weights for a/b" in capsys.readouterr().out
 
 
+def test_what_prepares_a_multirun_goes_into_the_pickle_of_each_of_its_jobs(tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    cloudpickle = pytest.importorskip("cloudpickle")
+    from dms_lab.multirun import Multirun
+
+    monkeypatch.chdir(tmp_path)
+    FakeSlurm(tmp_path / "slurm", monkeypatch)
+    plain, prepared = submitit.AutoExecutor.map_array, Multirun()
+    with multirun_config("model=tiny", "seed=0,1", "cluster=slurm", "sweep=x") as config:
+        prepared.on_multirun_start(config)
+        try:
+            assert submitit.AutoExecutor.map_array is not plain
+            cloudpickle.dumps(prepared)
+        finally:
+            prepared.on_multirun_end(config)
+    assert submitit.AutoExecutor.map_array is plain
+
+
 def test_more_points_than_an_array_may_have_are_refused_before_hydra_submits_them(tmp_path, monkeypatch):
     from dms_lab.sweeping.launcher import check_length
 
