@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sweep_cases import EVALUATION, TINY, FakeSlurm, finish, one_point, row_of, write_sweep
@@ -119,7 +120,7 @@ def test_who_waits_asks_a_queue_that_fails_again(fake_slurm, capsys, monkeypatch
             if answer == ("", 0):
                 finish(point)
 
-    monkeypatch.setattr("dms_lab.sweep.time.sleep", answer_next)
+    monkeypatch.setattr("dms_lab.sweep.time", SimpleNamespace(sleep=answer_next, monotonic=time.monotonic))
     fake_slurm.answer("squeue", "5 RUNNING 0 1:00 None\n")
     assert main(["submit", str(folder), "--wait"]) == 0
     printed = capsys.readouterr()
