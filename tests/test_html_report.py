@@ -306,6 +306,7 @@ def test_beside_a_margin_stand_what_it_rests_on_and_what_it_is_without(make):
         ["H2O", "KV reads", "no common budget", "", "", ""],
         ["H2O", "peak", "no common budget", "", "", ""],
     ]
+    assert "held" not in make(margins[margins["method"] == "h2o"]).caption, "where there is no margin"
 
 
 def test_the_terminal_s_table_has_the_same_cells_and_no_markup():

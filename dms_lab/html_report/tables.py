@@ -132,7 +132,12 @@ def margins_table(margins: "pd.DataFrame", caption: str) -> Table:
             cells["CR"] = number(row["target_cr"], 2 if row["target_cr"] % 1 else 0)
         ends = {name: _cost(row[f"budget_{end}"], row["budget"]) for name, end in (("from", "low"), ("to", "high"))}
         rows.append(cells | {"budget": text(_SHORT[row["budget"]])} | _margin(row) | ends)
-    return table(f"{caption}; {_RESTS_ON}", rows)
+    return table(_explained(caption, margins), rows)
+
+
+def _explained(caption: str, margins: "pd.DataFrame") -> str:
+    """The caption, and what stands beside margins where there are any."""
+    return f"{caption}; {_RESTS_ON}" if margins["margin"].notna().any() else caption
 
 
 def _curve(row: dict) -> dict[str, Cell]:
@@ -226,7 +231,7 @@ def versus_table(margins: "pd.DataFrame", accuracy: "pd.DataFrame", budgets: "pd
         at = _cost(covered[0]["at"], row["budget"]) if covered else Cell("")
         cells["at a budget of"] = Cell(f"{at.text} (held)", at.value) if covered and covered[0]["is_held"] else at
         rows.append(cells)
-    return table(f"{caption}; {_RESTS_ON}", rows)
+    return table(_explained(caption, margins), rows)
 
 
 def _status(rows: "pd.DataFrame") -> Cell:
