@@ -401,8 +401,8 @@ def test_collect_takes_of_a_run_s_folder_what_this_sweep_asked_for(working_folde
     reasoning = ["eval=reasoning", "tasks=dms_tiny_road", "eval.width=[1,2]", "eval.max_tokens=[48]", "limit=4"]
     folder = write_sweep({"overrides": TINY, "then": [["cr=[3]"], reasoning]})
     (point,) = points_of(folder)
-    bench = {"task": "dms_tiny_road", "max_tokens": 48}
-    settings = {"prompts": "p", "limit": 4, "budget": None, "data": {}, "generation": {}}
+    bench = {"task": "dms_tiny_road", "max_tokens": 48, "num_samples": 2}
+    settings = {"prompts": "p", "limit": 4, "budget": None, "data": {}, "generation": {"do_sample": True}}
     dialled = {"method": "dms_dialled", "settings": {"length": point.config.eval.length, "dialled_from": "x"}}
     wanted = [
         row_of(point, settings={"length": point.config.eval.length}),
@@ -415,6 +415,7 @@ def test_collect_takes_of_a_run_s_folder_what_this_sweep_asked_for(working_folde
         row_of(point, method="h2o", settings={"length": point.config.eval.length, "live_tokens": 9}),  # no rival asked
         row_of(point, target_cr=6.0, **dialled),
         row_of(point, width=4, settings=settings, **bench),
+        row_of(point, settings=settings, **(bench | {"num_samples": 8})),
         row_of(point, settings=settings | {"limit": None}, **bench),
         row_of(point, settings=settings | {"data": {"lengths": [512]}}, **(bench | {"task": "dms_tiny_road_512"})),
         row_of(point, settings=settings, **(bench | {"task": "dms_tiny_ledger"})),
