@@ -78,13 +78,13 @@ def _is_of_benchmarks(row: dict[str, Any], config: EvaluateConfig) -> bool:
     if not _is_benchmark(row) or (not is_full and row["method"].endswith("_dialled") != bool(config.cr)):
         return False
     data, generation = settings.get("data", {}), settings.get("generation", {})
+    num_samples = asked.num_samples if generation.get("do_sample") else 1  # greedy chains are all alike
     return (
         _is_of(row["task"], asked.tasks)
         and row["width"] in asked.width
         and (not asked.max_tokens or row["max_tokens"] in asked.max_tokens)
         and (is_full or not config.cr or row["target_cr"] in config.cr)
-        and _comparable(row["num_samples"])
-        in (None, asked.num_samples if generation.get("do_sample") else 1)  # greedy: once
+        and _comparable(row["num_samples"]) in (None, num_samples)
         and settings.get("limit") == config.limit
         and data.get("lengths") in (None, list(asked.lengths or ()))
         and data.get("num_problems", asked.num_problems) == asked.num_problems
