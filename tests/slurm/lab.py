@@ -90,14 +90,15 @@ class Lab:
 
     def submit(self, *words: str) -> list[tuple[Any, str]]:
         """The points that a submission of the sweep adds jobs for, each with the id of its job."""
-        before = self._noted()
+        before = self.noted()
         self.ask("submit", str(self.sweep), *words)
-        added = self._noted()[len(before) :]
+        added = self.noted()[len(before) :]
         by_hash = {point.hash: point for point in self.points}
         self.jobs = [job.job_id for job in added]
         return [(by_hash[job.hash], job.job_id) for job in added]
 
-    def _noted(self) -> list[Any]:
+    def noted(self) -> list[Any]:
+        """Every job that the sweep's record has."""
         from dms_lab.sweep_config import load_sweep
         from dms_lab.sweeping.records import load_jobs
 

@@ -21,6 +21,8 @@ def test_a_multirun_waits_for_preempted_jobs_and_tells_of_the_point_that_failed(
             wait_until("jobs are queued", lambda: len(jobs_of(lab)) == 4 and lab.sweep.is_dir(), 60)
             submitted = dict(zip(jobs_of(lab), lab.points, strict=True))  # in their order, as Hydra numbers them
             fine = [(point, job) for job, point in submitted.items() if point.config.model.path == "embedded"]
+            noted = {job.job_id: job.hash for job in lab.noted()}  # where `sweep status` looks
+            assert noted == {job: point.hash for job, point in submitted.items()}
             lab.jobs = [job for _, job in fine]
             lab.halt(fine)
             lab.preempt()
