@@ -39,8 +39,9 @@ class Part:
 class Resources:
     """What a job asks Slurm for. `mem_gb` and `gpus_per_node` a node, `cpus_per_task` a process, nulls Slurm's default.
 
-    `nodes` is the run's `num_nodes`, as null is. A job is told `signal_delay_s` seconds before `timeout_min` minutes are over,
-    saves, and is queued again, `max_num_timeout` times. `setup`: shell lines before it. `additional_parameters`: of sbatch.
+    `nodes` is the run's `num_nodes`, as null is. A job is told `signal_delay_s` seconds before `timeout_min` minutes are
+    over, saves, and is queued again, `max_num_timeout` times. `setup`: shell lines before it. `additional_parameters`: of
+    sbatch.
     """
 
     partition: str | None = None
