@@ -5,7 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from dms_lab.evaluation.evaluated import record
+from dms_lab.evaluation.evaluated import num_rows, record
 from dms_lab.results import Result, append
 from dms_lab.sweep_config import build_sweep
 from dms_lab.sweeping.job import job_of
@@ -63,7 +63,7 @@ def finish(point, *rows):
     (folder / "done.json").write_text(json.dumps({"config_hash": point.hash}))
     append(folder / "results.jsonl", list(rows) or [row_of(point)])
     for step in job_of(point, Path()).steps()[1:]:
-        record(folder, step.what, 0)
+        record(folder, step.what, range(num_rows(folder)))
     return folder
 
 

@@ -15,9 +15,11 @@ import pytest
 from sweep_cases import EVALUATION, TINY, FakeSlurm, finish, one_point, row_of, write_sweep
 
 from dms_lab import results
+from dms_lab.evaluation import evaluated
 from dms_lab.sweep import main
 from dms_lab.sweep_config import load_sweep
 from dms_lab.sweeping import cost, local, supervisor
+from dms_lab.sweeping.job import job_of as the_job_of
 from dms_lab.sweeping.job import locked
 from dms_lab.sweeping.points import expand
 from dms_lab.sweeping.records import Submitted, append_jobs, load_jobs
@@ -398,34 +400,15 @@ def test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing
 
 
 def test_collect_takes_of_a_run_s_folder_what_this_sweep_asked_for(working_folder):
-    reasoning = ["eval=reasoning", "tasks=dms_tiny_road", "eval.width=[1,2]", "eval.max_tokens=[48]", "limit=4"]
-    folder = write_sweep({"overrides": TINY, "then": [["cr=[3]"], reasoning]})
+    folder = write_sweep({"overrides": TINY, "then": [["cr=[3]"]]})
     (point,) = points_of(folder)
-    bench = {"task": "dms_tiny_road", "max_tokens": 48, "num_samples": 2}
-    settings = {"prompts": "p", "limit": 4, "budget": None, "data": {}, "generation": {"do_sample": True}}
-    dialled = {"method": "dms_dialled", "settings": {"length": point.config.eval.length, "dialled_from": "x"}}
-    wanted = [
-        row_of(point, settings={"length": point.config.eval.length}),
-        row_of(point, target_cr=3.0, **dialled),
-        row_of(point, width=2, settings=settings, **bench),
-        row_of(point, method="full", settings=settings, **bench),
-    ]
-    others = [
-        row_of(point, settings={"length": 7 + point.config.eval.length}),
-        row_of(point, method="h2o", settings={"length": point.config.eval.length, "live_tokens": 9}),  # no rival asked
-        row_of(point, target_cr=6.0, **dialled),
-        row_of(point, width=4, settings=settings, **bench),
-        row_of(point, settings=settings, **(bench | {"num_samples": 8})),
-        row_of(point, settings=settings | {"limit": None}, **bench),
-        row_of(point, settings=settings | {"data": {"lengths": [512]}}, **(bench | {"task": "dms_tiny_road_512"})),
-        row_of(point, settings=settings, **(bench | {"task": "dms_tiny_ledger"})),
-        row_of(point, settings=settings, **(bench | {"method": "dms_dialled"})),
-    ]
-    finish(point, *others, *wanted)
+    finish(point, *(row_of(point, target_cr=float(cr)) for cr in (1, 2, 3, 4, 5)))
+    _, own, dialled = the_job_of(point, Path()).steps()
+    evaluated.record(own.folder, own.what, [0, 2])
+    evaluated.record(own.folder, dialled.what, [2, 3])
+    evaluated.record(own.folder, dialled.what | {"cr": [6.0]}, [4])  # of another sweep
     assert main(["collect", str(folder)]) == 0
-    frame = results.load(folder / "results.csv")
-    found = zip(frame.method, frame.task, frame.width, frame.target_cr, strict=True)
-    assert sorted(found) == sorted((r.method, r.task, r.width, r.target_cr) for r in wanted)
+    assert list(results.load(folder / "results.csv")["target_cr"]) == [1.0, 3.0, 4.0]
 
 
 def test_collect_of_nothing_is_told_and_writes_nothing(working_folder, capsys):

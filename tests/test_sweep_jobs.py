@@ -120,7 +120,7 @@ def test_other_settings_of_the_evaluation_are_another_evaluation(working_folder)
 def test_results_that_lost_rows_are_not_taken_for_whole(working_folder):
     point = one_point(*TINY)
     folder = finish(point)
-    evaluated.record(folder, job_of(point, working_folder).steps()[1].what, 1)
+    evaluated.record(folder, job_of(point, working_folder).steps()[1].what, [0])
     (folder / "results.jsonl").write_text("")
     assert not job_of(point, working_folder).steps()[1].is_done()
     (folder / "evaluated.json").write_text('[["what another tool writes"], 3]')
@@ -133,8 +133,8 @@ def test_rows_that_are_not_those_that_were_evaluated_do_not_stand_for_them(worki
     _, own, then = job_of(point, working_folder).steps()
     row = (folder / "results.jsonl").read_text()
     (folder / "results.jsonl").write_text(row + row.replace("0.5", "0.25"))
-    evaluated.record(folder, own.what, 1)
-    evaluated.record(folder, then.what, 0)  # its rows were there already
+    evaluated.record(folder, own.what, [1])
+    evaluated.record(folder, then.what, [0, 1])  # one of its rows was there already
     assert own.is_done()
     assert then.is_done()
     (folder / "results.jsonl").write_text(row + row)  # removed, and measured by another command
@@ -161,8 +161,10 @@ def test_a_calibration_text_that_was_changed_is_another_evaluation(working_folde
     assert all(step.is_done() for step in made.steps())
     text.write_text("x = 2\n")
     assert [step.is_done() for step in made.steps()] == [True, True, False, True]
-    text.unlink()
-    assert not made.steps()[2].is_done()
+    text.write_text("x = 1\n")
+    assert made.steps()[2].is_done()
+    text.unlink()  # and the results copied elsewhere, say: what was done is done
+    assert made.steps()[2].is_done()
     assert "calibrate_content" not in made.steps()[3].what  # what was recorded before there were contents
 
 
@@ -182,7 +184,7 @@ def test_benchmarks_of_a_run_wait_until_it_is_trained_and_those_of_a_checkpoint_
     from dms_lab.evaluation import reasoning
 
     asked = []
-    monkeypatch.setattr(reasoning, "evaluate_benchmarks", lambda config: asked.append(config.checkpoint))
+    monkeypatch.setattr(reasoning, "evaluate_benchmarks", lambda config: asked.append(config.checkpoint) or [])
     run = Path("runs/trains")
     (run / "checkpoints" / "cr2").mkdir(parents=True)
     (run / "config.json").write_text("{}")
@@ -621,6 +623,19 @@ def test_points_at_a_time_take_the_machines_gpus_in_turn(batch, monkeypatch):
     program.unlink()
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert given([1]) == [None]
+
+
+@pytest.mark.parametrize(("does", "told"), [("exit 9", "non-zero exit status 9"), ("exec sleep 30", "timed out after 1.0")])
+def test_a_driver_that_does_not_answer_is_told_and_the_points_start_all_the_same(batch, monkeypatch, capsys, does, told):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("PATH", f"{batch}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(supervisor, "_SECONDS", 1.0)
+    (batch / "nvidia-smi").write_text(f"#!/bin/sh\necho 'GPU 0: A (UUID: GPU-aa-0)'\n{does}\n")
+    (batch / "nvidia-smi").chmod(0o755)
+    assert supervisor.visible_gpus(None) == []
+    said = capsys.readouterr().err
+    assert "points are not spread over them" in said
+    assert told in said
 
 
 def test_a_job_that_is_told_to_stop_ends_with_the_status_of_that(working_folder, monkeypatch):

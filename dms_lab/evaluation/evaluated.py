@@ -1,9 +1,8 @@
-"""What was evaluated in a folder and stands in its `results.jsonl`: `evaluated.json`, read in no time and without torch."""
+"""What was evaluated in a folder and stands in its `results.jsonl`: `evaluated.json`, read without torch."""
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ def dialled_evaluation(config: TrainConfig, ratios: Sequence[float], text: str |
 
 
 def _content(text: str) -> str | None:
-    """What is in the files that calibrate= names; None if they are gone, which only matters if they are to be read."""
+    """What is in the files that calibrate= names; None if they are gone, where what was recorded counts as it is."""
     extensions = (".jsonl",) if text.endswith(".jsonl") else DataConfig("text").extensions
     try:
         return content_hash(text_files(text, extensions))
@@ -37,26 +36,30 @@ def _content(text: str) -> str | None:
 
 
 def is_recorded(folder: Path, what: dict[str, Any]) -> bool:
-    """Whether `what` was evaluated to its end here, and the results still have the rows that came with it.
+    """Whether `what` was evaluated to its end here, and the results still have its rows.
 
     Of records without digests of the rows it is their number, over all that was evaluated, that must be there.
     """
-    entries = _entries(folder)
-    mine = next((entry for entry in entries if entry["what"] == _plain(what)), None)
+    mine = _entry(folder, what)
     if mine is None:
         return False
     if "rows" in mine:
-        return not Counter(mine["rows"]) - Counter(_digests(folder))
-    return num_rows(folder) >= sum(entry["num_rows"] for entry in entries)
+        return set(mine["rows"]) <= set(digests(folder))
+    return num_rows(folder) >= sum(entry["num_rows"] for entry in _entries(folder))
 
 
-def record(folder: Path, what: dict[str, Any], num_rows: int) -> None:
-    """Notes that `what` was evaluated to its end, and that the last `num_rows` rows came with it; whole or not at all.
+def rows_of(folder: Path, what: dict[str, Any]) -> set[str]:
+    """The digests of the rows of `what`; of all rows where its record, an older one, does not have them."""
+    mine = _entry(folder, what)
+    return set() if mine is None else set(mine.get("rows", digests(folder)))
 
-    Where all rows were there already, since a kill came between them and their record, all rows are kept in mind.
-    """
+
+def record(folder: Path, what: dict[str, Any], lines: Iterable[int]) -> None:
+    """Notes that `what` was evaluated to its end, and that its rows stand on these lines, from 0; whole or not at all."""
     entries = [entry for entry in _entries(folder) if entry["what"] != _plain(what)]
-    entry = {"what": _plain(what), "num_rows": num_rows, "rows": _digests(folder)[-num_rows:]}
+    there = digests(folder)
+    rows = [there[line] for line in lines]
+    entry = {"what": _plain(what), "num_rows": len(rows), "rows": rows}
     temporary = (folder / EVALUATED).with_suffix(".tmp")
     temporary.write_text(json.dumps([*entries, entry], indent=1) + "\n")
     temporary.replace(folder / EVALUATED)
@@ -68,7 +71,7 @@ def num_rows(folder: Path) -> int:
     return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
-def _digests(folder: Path) -> list[str]:
+def digests(folder: Path) -> list[str]:
     """What tells the rows of the results from each other, in their order."""
     path = folder / _RESULTS
     lines = path.read_bytes().splitlines() if path.is_file() else []
@@ -82,6 +85,16 @@ def drop_cut_off_line(folder: Path) -> None:
         return
     with path.open("r+b") as file:
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def _entry(folder: Path, what: dict[str, Any]) -> dict[str, Any] | None:
+    wanted = _plain(what)
+    unknown = {"calibrate_content"} if wanted.get("calibrate_content", "") is None else set()
+
+    def compared(known: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in known.items() if name not in unknown}
+
+    return next((entry for entry in _entries(folder) if compared(entry["what"]) == compared(wanted)), None)
 
 
 def _entries(folder: Path) -> list[dict[str, Any]]:

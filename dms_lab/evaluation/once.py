@@ -43,7 +43,11 @@ def _once(
     if evaluated.is_recorded(folder, what):
         return
     evaluated.drop_cut_off_line(folder)
-    partial, before = Partial(folder, what), evaluated.num_rows(folder)
-    record(parts(partial), folder, results.append_new, tracking)
-    evaluated.record(folder, what, evaluated.num_rows(folder) - before)
+    partial, lines = Partial(folder, what), []
+
+    def append(path: Path, rows: list[results.Result]) -> None:
+        lines.extend(results.append_new(path, rows))
+
+    record(parts(partial), folder, append, tracking)
+    evaluated.record(folder, what, lines)
     partial.remove()

@@ -90,10 +90,11 @@ def plan(config: EvaluateConfig) -> Plan:
     return Plan(config, model, jobs, Path(config.out) if config.out else run, *hashed)
 
 
-def evaluate_benchmarks(config: EvaluateConfig) -> None:
+def evaluate_benchmarks(config: EvaluateConfig) -> list[int]:
     """Generates what is missing, grades it, appends every point to `results.jsonl`, prints the table, draws figures.
 
-    A shard generates and grades its part, and leaves the results to the run without `shard`. Raises `ValueError` for
+    Returns the numbers of the lines, from 0, on which the points stand. A shard generates and grades its part, and leaves
+    the results to the run without `shard`. Raises `ValueError` for
     what cannot be loaded or run; and, after all else is done, for chains that could not be generated.
     """
     what = plan(config)
@@ -110,11 +111,12 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
     for notice in (notice for task in tasks for notice in task.notices):
         console.print(f"note: {notice}", highlight=False)
     found: list[results.Result] = []
+    lines: list[int] = []
     failures: list[str] = []
     with SampleStore(what.samples, what.writer) as store:
         for job in what.jobs:
             for rows in _evaluate_job(what, job, tasks, store, graders, failures):
-                results.append_new(path, rows)
+                lines += results.append_new(path, rows)
                 found += rows
     part, parts = config.shard
     if parts > 1:
@@ -125,6 +127,7 @@ def evaluate_benchmarks(config: EvaluateConfig) -> None:
             log_evaluations(path, {evaluation_id(vars(row)) for row in found}, config.sweep)
     if failures:
         raise ValueError("; ".join(failures))
+    return lines
 
 
 def _show(found: list[results.Result], what: Plan) -> None:

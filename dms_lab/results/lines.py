@@ -41,24 +41,30 @@ def append(path: Path, results: list[Result]) -> None:
             raise
 
 
-def append_new(path: Path, results: list[Result]) -> None:
+def append_new(path: Path, results: list[Result]) -> list[int]:
     """Appends the results that `path` does not have yet: the same but for the time it took and what computed it.
 
     For a run that was stopped after it had written, and is started again. A row that does not say what each problem scored
-    (older versions did not) is the same as one that does, if all else is: remove the file to have it written anew.
+    (older versions did not) is the same as one that does, if all else is: remove the file to have it written anew. Returns
+    the numbers of the lines, from 0, on which all of the results stand afterwards.
     """
-    known: dict[str, list[list[float]]] = {}
+    known: dict[str, list[tuple[int, list[float]]]] = {}
+    number = -1
     if path.is_file() and path.stat().st_size:
-        for _, row in _rows(path):
-            known.setdefault(measurement(row), []).append(row["problem_scores"])
-    new = []
+        for number, (_, row) in enumerate(_rows(path)):
+            known.setdefault(measurement(row), []).append((number, row["problem_scores"]))
+    new, places = [], []
     for result in results:
         scores = result.problem_scores
         same = known.get(measurement(asdict(result)), [])
-        if not any(not old or not scores or old == scores for old in same):
+        place = next((at for at, old in same if not old or not scores or old == scores), None)
+        if place is None:
             new.append(result)
+            place = number + len(new)
+        places.append(place)
     if new:
         append(path, new)
+    return places
 
 
 def measurement(row: dict[str, Any]) -> str:

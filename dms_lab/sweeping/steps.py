@@ -12,7 +12,6 @@ from dms_lab.evaluation.evaluated import (
     dialled_evaluation,
     drop_cut_off_line,
     is_recorded,
-    num_rows,
     own_evaluation,
     record,
 )
@@ -160,9 +159,7 @@ class Benchmarks:
         from dms_lab.evaluation.reasoning import evaluate_benchmarks
 
         drop_cut_off_line(self.folder)
-        before = num_rows(self.folder)
-        evaluate_benchmarks(self.config)
-        record(self.folder, self.what, num_rows(self.folder) - before)
+        record(self.folder, self.what, evaluate_benchmarks(self.config))
 
     def _check_trained(self) -> None:
         """A run leaves checkpoints on its way: what is measured of it before its end would be recorded as the whole."""

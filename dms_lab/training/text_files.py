@@ -1,5 +1,6 @@
 """Which files a user means by a path, and what is in them; without torch."""
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from glob import glob
@@ -26,6 +27,13 @@ def content_hash(files: Iterable[Path]) -> str:
     """12 hex digits over what is in the files, in their order, wherever they lie."""
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        about = path.stat()
+        digest.update(_digest(path, about.st_size, about.st_mtime_ns))
     return digest.hexdigest()[:12]
+
+
+@functools.lru_cache(maxsize=65536)
+def _digest(path: Path, size: int, changed_ns: int) -> bytes:
+    """Of a file's content, read once as long as its size and time of change are the same."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
