@@ -66,6 +66,17 @@ def test_training_leaves_the_signal_handlers_as_they_were(make_config):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_a_run_that_goes_on_computes_with_as_many_threads_as_before(make_config, monkeypatch):
+    set_to = []
+    monkeypatch.setattr("dms_lab.training.run.set_threads", lambda asked: set_to.append(asked) or asked or 5)
+    folder = train(make_config(), progress=False).folder
+    assert json.loads((folder / "config.json").read_text())["threads"] == 5
+    (folder / "done.json").unlink()
+    train(make_config(), progress=False)
+    train(make_config(threads=2, resume=False), progress=False)
+    assert set_to == [None, 5, 2]
+
+
 def test_a_finished_run_is_not_trained_again(make_config):
     outcome = train(make_config(), progress=False)
     before = (outcome.folder / "metrics.jsonl").read_text()

@@ -7,7 +7,7 @@ import copy
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,12 @@ def _check_folder(folder: Path, config: TrainConfig) -> None:
         )
 
 
+def _threads_before(folder: Path, config: TrainConfig) -> int | None:
+    """The threads of a run that is to go on: with others, its sums would differ in their last digits."""
+    path = folder / "config.json"
+    return json.loads(path.read_text()).get("threads") if config.resume and path.is_file() else None
+
+
 def _clear(folder: Path) -> None:
     """Removes what an earlier run left in its folder; anything else stays."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -145,7 +151,7 @@ def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, 
         _log.info("%s is finished already", folder)
         return Outcome(folder, True, is_first=world.is_first)
     L.seed_everything(config.seed, verbose=False)
-    set_threads(config.threads)
+    config = replace(config, threads=set_threads(config.threads or _threads_before(folder, config)))
     data = agree(world, lambda: _load_data(config))  # before the weights: what is wrong with it costs no minutes
     check_same(world, "training rows", data.fingerprint() if world.size > 1 else None)
     module, base = _load_module(config, world)
