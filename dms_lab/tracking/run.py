@@ -185,10 +185,8 @@ def _init(label: Label, folder: Path, mode: str | None) -> "wandb.Run":
 
 
 # -- what was sent -----------------------------------------------------------------------------------------------------
-_STEPS, _MARKS = (
-    "steps",
-    "marks",
-)  # of each of W&B's folders of a run: the last step; the step and mark of what was logged new
+_STEPS = "steps"  # of each of W&B's folders of a run: the last step
+_MARKS = "marks"  # the step and mark of what was logged new
 
 
 def _replace_unsent(place: Path, run_id: str) -> tuple[int, list[list]]:
