@@ -25,9 +25,14 @@ NOTICE_SECONDS = 180.0  # between SIGUSR2 and the end of the job, where nobody s
 _LONG_STEP_SECONDS = 10.0  # above it, processes talk after every micro-batch; below it, a step ends in time anyway
 
 
+def num_left_of_step(trainer: L.Trainer, batch_idx: int) -> int:
+    """Micro-batches after this one before the optimizer steps."""
+    return -(batch_idx + 1) % trainer.accumulate_grad_batches
+
+
 def ends_a_step(trainer: L.Trainer, batch_idx: int) -> bool:
-    """Whether the optimizer stepped after this micro-batch; between two of them there is nothing to save or stop at."""
-    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+    """Whether the optimizer stepped after this micro-batch; between two such there is nothing to save."""
+    return num_left_of_step(trainer, batch_idx) == 0
 
 
 class GracefulStop(L.Callback):
@@ -93,7 +98,7 @@ class GracefulStop(L.Callback):
         self._listen()  # after Lightning's own handlers
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: Any, index: int) -> None:
-        num_left = -(index + 1) % trainer.accumulate_grad_batches  # micro-batches before the optimizer steps
+        num_left = num_left_of_step(trainer, index)
         if num_left and not self._steps_are_long:
             return
         now = time.monotonic()
