@@ -146,9 +146,9 @@ def valid_keys() -> tuple[str, ...]:
 
 def cluster_keys() -> tuple[str, ...]:
     """What a command line may say of the jobs of a sweep, `cluster.partition` and the like."""
-    from dms_lab.sweep_config import Resources
+    from dms_lab.sweep_config import RESOURCE_KEYS
 
-    return tuple(f"cluster.{f.name}" for f in dataclasses.fields(Resources))
+    return tuple(f"cluster.{name}" for name in RESOURCE_KEYS)
 
 
 # -- from a composed configuration to a complete one -------------------------------------------------------------------

@@ -92,7 +92,7 @@ class _File:
 
 
 _NESTED = ("parts", "resources")
-_RESOURCE_NAMES = tuple(f.name for f in dataclasses.fields(Resources))
+RESOURCE_KEYS = (*(f.name for f in dataclasses.fields(Resources)), "sizes.*", "size_of.*", "additional_parameters.*")
 
 
 def load_sweep(place: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -226,9 +226,7 @@ def _overridden(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     for word in overrides:
         if "=" not in word:
             raise ValueError(f"{word!r} is no key=value; cluster=, workers= and resources.<key>= may be given")
-        if word.startswith(("resources.sizes.", "resources.size_of.", "resources.additional_parameters.")):
-            continue
-        check_overrides([word], ("cluster", "workers", *(f"resources.{name}" for name in _RESOURCE_NAMES)))
+        check_overrides([word], ("cluster", "workers", *(f"resources.{name}" for name in RESOURCE_KEYS)))
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     more = given.pop("resources", {})
     merged = OmegaConf.merge(values.get("resources") or {}, more)

@@ -12,20 +12,21 @@ from collections.abc import Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
-_FREE = ("cluster.sizes.", "cluster.size_of.", "cluster.additional_parameters.")  # what they hold, nobody can list
 
 
 def check_overrides(overrides: Sequence[str], known: Sequence[str]) -> None:
     """Raises `ValueError` for the first `key=value` whose key is not `known`, with the nearest name and the valid ones.
 
     For `sys.argv[1:]`, before Hydra composes: Hydra refuses such a key too, but names no valid one. Flags and the `hydra`
-    group are left to Hydra, and the members of `cluster.sizes` and the like. Of a key of a group, the group's are listed.
+    group are left to Hydra. A known `sizes.*` stands for all that `sizes` may hold. Of a key of a group, the group's are
+    listed.
     """
+    open_groups = tuple(name.removesuffix("*") for name in known if name.endswith(".*"))
     for word in overrides:
         key = word.lstrip("+~").partition("=")[0].partition("@")[0]
         if word.startswith("-") or "=" not in word or key in known or re.split("[./]", key)[0] == "hydra":
             continue
-        if "cluster" in known and key.startswith(_FREE):
+        if key.startswith(open_groups):
             continue
         group = [name for name in known if "." in key and name.startswith(key.partition(".")[0] + ".")]
         raise ValueError(_unknown(key, group or known))
