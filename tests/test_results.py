@@ -138,6 +138,27 @@ def test_a_cut_line_and_an_unknown_schema_are_named(tmp_path):
         results.load(tmp_path / "nothing")
 
 
+def test_what_only_has_the_name_of_a_table_is_passed_over_and_one_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    results.append(tmp_path / "run" / results.RESULTS, [POINT])
+    for name in ("spark.csv", results.TABLE, f"other/{results.RESULTS}"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "gone.csv").symlink_to("nowhere")
+    (tmp_path / "notes.csv").write_text("a,b\n")
+    assert results.files_in(tmp_path) == [tmp_path / "run" / results.RESULTS]
+    assert results.load(tmp_path)["run_id"].tolist() == [POINT.run_id]
+    plain = Path.open
+
+    def refused(path, *args, **options):
+        if path.suffix in (".csv", ".jsonl"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refused)
+    for place, file in ((".", "notes.csv"), ("notes.csv", "notes.csv"), ("run", results.RESULTS)):
+        with pytest.raises(ValueError, match=rf"{file} cannot be read \(Permission denied\)"):
+            results.load(tmp_path / place)
+
+
 def test_a_line_after_a_cut_one_is_not_lost(tmp_path):
     path = tmp_path / results.RESULTS
     results.append(path, [POINT])

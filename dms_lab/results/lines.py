@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dms_lab.results.files import RESULTS, files_in
 from dms_lab.results.schema import Result, checked, shared
-from dms_lab.results.table import TABLE, table_rows
+from dms_lab.results.table import TABLE, table_rows, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,7 +109,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict]]:
     if file.suffix == ".csv":
         yield from table_rows(file)
         return
-    with file.open(encoding="utf-8") as lines:
+    with told(file), file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             yield (where := f"{file}:{number}"), _parse(line, where)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,8 @@ def _cell(value: Any, kind: Any) -> str:
 
 
 def is_table(file: Path) -> bool:
-    """Whether a CSV file has the header of a table of results, whatever its name."""
-    with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+    """Whether a CSV file has the header of a table of results, whatever its name; `ValueError` if it cannot be read."""
+    with told(file), file.open(newline="", encoding="utf-8", errors="replace") as lines:
         first = lines.readline(_LONGEST_HEADER)
     return {"schema_version", "run_id", "method", "task"} <= set(next(csv.reader([first]), []))
 
@@ -77,10 +78,19 @@ def is_table(file: Path) -> bool:
 _LONGEST_HEADER = 65536  # characters; no table of results has more
 
 
+@contextmanager
+def told(file: Path) -> Iterator[None]:
+    """Inside, what keeps the system from reading `file` is a `ValueError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({error.strerror}); make it readable, or move it elsewhere") from error
+
+
 def table_rows(file: Path) -> Iterator[tuple[str, dict]]:
     """Each row of a table, and where it stands; `ValueError` for a line that is wrong."""
     csv.field_size_limit(2**31 - 1)  # the scores of many problems are a long cell
-    with file.open(newline="", encoding="utf-8") as lines:
+    with told(file), file.open(newline="", encoding="utf-8") as lines:
         yield from _read(file, csv.reader(lines, strict=True))
 
 
