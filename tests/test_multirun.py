@@ -318,6 +318,27 @@ def test_jobs_of_hydras_launcher_are_in_the_sweeps_record_in_which_status_and_su
     assert f"failed {points[1].name}: no weights for a/b" in capsys.readouterr().out
 
 
+def test_a_search_outlives_a_trial_that_cannot_be_run_and_a_record_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    submitit = pytest.importorskip("submitit")
+    from types import SimpleNamespace
+
+    from dms_lab.sweeping import launcher
+
+    monkeypatch.chdir(tmp_path)
+    jobs = [SimpleNamespace(job_id=f"7_{i}", paths=SimpleNamespace(stderr=f"7_{i}.err")) for i in range(2)]
+    monkeypatch.setattr(submitit.AutoExecutor, "map_array", lambda self, *_: jobs)
+    with multirun_config("model=tiny", "cluster=slurm", "sweep=x") as config:
+        asked = read_asked(config)
+    trials = [["model=tiny", f"window={window}", "cluster=slurm", "sweep=x"] for window in (10**9, 4)]
+    [fine] = expand(sweep_of("train", ["model=tiny", "window=4"], "x"))
+    with launcher.recorded(asked, []):
+        assert submitit.AutoExecutor.map_array(None, print, trials, ["dir"] * 2) == jobs
+        assert [(job.job_id, job.hash) for job in load_jobs(asked.sweep)] == [("7_1", fine.hash)]
+        monkeypatch.setattr(launcher, "append_jobs", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+        assert submitit.AutoExecutor.map_array(None, print, trials, ["dir"] * 2) == jobs
+    assert "the record of x cannot be written, and lacks jobs 7_1: no space left" in capsys.readouterr().err
+
+
 def test_what_prepares_a_multirun_goes_into_the_pickle_of_each_of_its_jobs(tmp_path, monkeypatch):
     submitit = pytest.importorskip("submitit")
     cloudpickle = pytest.importorskip("cloudpickle")

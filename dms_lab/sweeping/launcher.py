@@ -5,6 +5,7 @@ defaults, and only what is not swept can be interpolated. So it is filled in her
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,24 +50,34 @@ def set_launcher(config: DictConfig, sweep: SweepConfig, points: Sequence[Point]
 def recorded(asked: Asked, points: Sequence[Point]) -> Iterator[None]:
     """Inside, jobs that Hydra's launcher submits are noted in the sweep's record, as those of `dms_lab.sweep submit` are.
 
-    Its launcher submits and waits in one call, so that it is submitit's own submission that is wrapped, and restored.
+    Not noted is a trial of a search that cannot be run: it is no point. Hydra's launcher submits and waits in one call, so
+    that it is submitit's own submission that is wrapped, and restored.
     """
     import submitit
 
     sweep, plain = asked.sweep, submitit.AutoExecutor.map_array
     by_words = {point.overrides: point for point in points}
 
-    def point_of(words: Sequence[str]) -> Point:
+    def point_of(words: Sequence[str]) -> Point | None:
         mine = tuple(word for word in words if not is_of_all(word))
         if mine not in by_words:  # a trial, or a point that is given twice
-            [by_words[mine]] = expand(sweep_of(asked.command, mine, asked.name))
+            try:
+                [by_words[mine]] = expand(sweep_of(asked.command, mine, asked.name))
+            except Exception:  # its job fails by the same, and tells it
+                return None
         return by_words[mine]
 
     def noting(executor: submitit.AutoExecutor, function: Any, overrides: Sequence[Any], *others: Any) -> list[Any]:
         overrides = list(overrides)
+        its_points = [point_of(words) for words in overrides]
         with submitting(sweep):
             jobs = plain(executor, function, overrides, *others)
-            append_jobs(sweep, [submitted(job, point_of(words)) for job, words in zip(jobs, overrides, strict=False)])
+            noted = [submitted(job, point) for job, point in zip(jobs, its_points, strict=True) if point is not None]
+            try:
+                append_jobs(sweep, noted)
+            except OSError as error:  # the jobs are queued, and waited for all the same
+                ids = " ".join(job.job_id for job in noted)
+                print(f"the record of {sweep.name} cannot be written, and lacks jobs {ids}: {error}", file=sys.stderr)
         return jobs
 
     submitit.AutoExecutor.map_array = noting
