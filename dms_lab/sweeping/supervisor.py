@@ -21,6 +21,8 @@ from typing import Any
 
 from dms_lab.sweeping.locks import try_lock
 
+_SECONDS = 60.0  # that nvidia-smi may take
+
 
 @dataclass(frozen=True)
 class Note:
@@ -169,12 +171,20 @@ def environment_of(spec: Path, place: int, workers: int) -> dict[str, str]:
 
 
 def visible_gpus(said: str | None) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says; where that is not set, the names of this machine's GPUs, by its driver."""
+    """What CUDA_VISIBLE_DEVICES says; where that is not set, the names of this machine's GPUs, by its driver.
+
+    If the driver does not answer, that is told on stderr, and there are none to tell apart.
+    """
     if said is not None:
         return [name for name in said.split(",") if name]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True).stdout
+    try:
+        asked = ["nvidia-smi", "--list-gpus"]
+        listed = subprocess.run(asked, capture_output=True, text=True, timeout=_SECONDS, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"the GPUs cannot be listed, so points are not spread over them: {error}", file=sys.stderr, flush=True)
+        return []
     names = re.findall(r"UUID: ((?:GPU|MIG)-[\w/-]+)", listed)
     parts = [name for name in names if name.startswith("MIG-")]  # a GPU that is cut into these cannot be used whole
     return parts or names
