@@ -14,7 +14,6 @@ from test_results import POINT
 
 from dms_lab import comparison, pareto, results
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 NAMES = ["model", "method", "variant", "tasks"]
 
 
@@ -59,7 +58,7 @@ def one(table, **where):
 
 
 def hyper_scaling():
-    return results.load(*sorted((EXPERIMENTS / "hyper_scaling").glob("results_seed*.jsonl")))
+    return results.load(Path(__file__).parent / "data" / "schema2")
 
 
 # -- points ---------------------------------------------------------------------------------------------------------------
@@ -225,7 +224,7 @@ def test_the_interval_of_a_point_covers_it_as_often_as_it_says_or_more(make, lev
 
 
 # -- margins --------------------------------------------------------------------------------------------------------------
-def test_margins_of_the_record_are_those_of_its_readme():
+def test_margins_of_a_record_are_those_that_were_published_of_it():
     long = hyper_scaling()
     long = long[long["max_tokens"] == 96]
     found = {

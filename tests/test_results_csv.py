@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from test_results import DEMO, POINT, SINCE_2, SINCE_3
 
 from dms_lab import results
 
-HYPER_SCALING = DEMO.parent / "hyper_scaling"
+HYPER_SCALING = Path(__file__).parent / "data" / "schema2"
 KVPRESS = DEMO.parent / "peers" / "kvpress"
 FILLED = {
     "metrics": {"avg": [0.1, None, 1e-300]},

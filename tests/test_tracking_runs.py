@@ -64,7 +64,7 @@ def test_the_pareto_command_sends_a_comparison_and_what_it_is_of(tmp_path, monke
     from dms_lab.pareto.__main__ import main
 
     monkeypatch.setattr(content, "write_figures", lambda *_: [])  # for papers, and slow
-    study = Path(__file__).parent.parent / "experiments" / "hyper_scaling"
+    study = Path(__file__).parent / "data" / "schema2"
     for seed in (0, 1):
         shutil.copy(study / f"results_seed{seed}.jsonl", tmp_path)
     assert main([str(tmp_path), "--wandb"]) == 0
