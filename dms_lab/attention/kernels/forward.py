@@ -1,0 +1,204 @@
+"""Forward: output and log-sum-exp of a block of queries, over its window and then over the packed far keys.
+
+    near   i - j <  window   keys as they lie, no bias
+    far    i - j >= window   packed keys, each with its bias: what cannot count is not among them
+
+Both ranges are bounded by the block's documents. Blocks that every query sees whole take a loop without masks.
+Scores are in powers of 2: log2(e) is folded into the scaling and into the bias.
+"""
+
+import triton
+import triton.language as tl
+
+from dms_lab.attention.kernels.tile import bounded, dot, load_rows, split, store_rows
+
+
+@triton.jit
+def _attend(
+    output,
+    total,
+    highest,
+    q,
+    rows,
+    row_document,
+    keys,
+    values,
+    stride_k,
+    stride_v,
+    positions,
+    biases,
+    documents,
+    start,
+    count,
+    first,
+    end,
+    num_tokens,
+    window,
+    sliding,
+    inner,
+    outer,
+    FAR: tl.constexpr,
+    MASKED: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Adds blocks of keys to a running softmax: first..end of the `count` from slot `start` on, or, MASKED, all others."""
+    if MASKED:
+        num_blocks = count - (end - first)
+    else:
+        num_blocks = end - first
+    for n in range(num_blocks):
+        if MASKED:
+            block = tl.where(n < first, n, n + end - first)
+        else:
+            block = n + first
+        slots = start + block * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = load_rows(keys, slots, stride_k, num_tokens, WIDTH, BLOCK_D, MASKED)
+        scores, _ = bounded(dot(q, tl.trans(k), WIDE), inner, outer, HAS_SOFTCAP)
+        if FAR:
+            if MASKED:
+                scores += tl.load(biases + slots, mask=slots < num_tokens, other=float("-inf"))[None, :]
+            else:
+                scores += tl.load(biases + slots)[None, :]
+        if MASKED:
+            if FAR:
+                position = tl.load(positions + slots, mask=slots < num_tokens, other=num_tokens)
+            else:
+                position = slots
+            distance = rows[:, None] - position[None, :]
+            if FAR:
+                seen = (distance >= window) & (distance < sliding)
+            else:
+                seen = (distance >= 0) & (distance < window) & (distance < sliding)
+            if HAS_DOCUMENTS:
+                document = tl.load(documents + position, mask=position < num_tokens, other=-1)
+                seen &= row_document[:, None] == document[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        peak = tl.maximum(highest, tl.max(scores, 1))
+        level = tl.where(peak == float("-inf"), 0.0, peak)  # a row that saw nothing yet: exp2(-inf - 0) is 0
+        weights = tl.exp2(scores - level[:, None])
+        decay = tl.exp2(highest - level)
+        highest = peak
+        total = total * decay + tl.sum(weights, 1)
+        v = load_rows(values, slots, stride_v, num_tokens, WIDTH, BLOCK_D, MASKED)
+        output = output * decay[:, None] + dot(weights.to(v.dtype), v, WIDE)
+    return output, total, highest
+
+
+@triton.jit
+def forward_kernel(
+    query,
+    key,
+    value,
+    far_key,
+    far_value,
+    far_position,
+    far_bias,
+    far_count,
+    documents,
+    seen_from,
+    run_start,
+    sinks,
+    output,
+    lse,
+    stride_qb,
+    stride_qh,
+    stride_qt,
+    stride_kb,
+    stride_kh,
+    stride_kt,
+    stride_vb,
+    stride_vh,
+    stride_vt,
+    stride_ob,
+    stride_oh,
+    stride_ot,
+    num_heads,
+    num_tokens,
+    window,
+    sliding,
+    inner,
+    outer,
+    GROUP: tl.constexpr,
+    HAS_FAR: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """One block of BLOCK_M queries of one head: grid (B * H, blocks), the blocks with the most keys first."""
+    batch = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    kv_head = head // GROUP
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row = (batch * num_heads + head) * num_tokens + rows
+    kv = batch * (num_heads // GROUP) + kv_head
+
+    q = load_rows(query + batch * stride_qb + head * stride_qh, rows, stride_qt, num_tokens, WIDTH, BLOCK_D, True)
+    keys = key + batch * stride_kb + kv_head * stride_kh
+    values = value + batch * stride_vb + kv_head * stride_vh
+    documents += batch * num_tokens
+
+    lowest, whole = 0, 0  # keys before `lowest` are of other documents; from `whole` on all are of the one of all rows
+    row_document = rows
+    if HAS_DOCUMENTS:
+        inside = rows < num_tokens
+        row_document = tl.load(documents + rows, mask=inside, other=-1)
+        row_document = tl.where(row_document < 0, -2, row_document)  # padding equals no key
+        lowest = tl.min(tl.load(seen_from + batch * num_tokens + rows, mask=inside, other=num_tokens))
+        whole = tl.max(tl.load(run_start + batch * num_tokens + rows, mask=inside, other=0))
+    lowest = tl.maximum(lowest, first_row - sliding + 1)
+    whole = tl.maximum(whole, first_row + BLOCK_M - sliding)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_SINKS:
+        highest = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+
+    start = tl.maximum(tl.maximum(lowest, first_row - window + 1), 0)
+    stop = tl.minimum(first_row + BLOCK_M, num_tokens)
+    free_start = tl.maximum(tl.maximum(whole, first_row + BLOCK_M - window), 0)
+    count, first, end = split(start, stop, free_start, first_row + 1, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        acc, total, highest = _attend(
+            acc, total, highest, q, rows, row_document, keys, values, stride_kt, stride_vt,
+            far_position, far_bias, documents, start, count, first, end, num_tokens, window, sliding, inner, outer,
+            False, MASKED, HAS_DOCUMENTS, HAS_SOFTCAP, WIDTH, BLOCK_D, BLOCK_N, WIDE,
+        )  # fmt: skip
+
+    if HAS_FAR:
+        keys = far_key + kv * num_tokens * WIDTH
+        values = far_value + kv * num_tokens * WIDTH
+        far_position += kv * num_tokens
+        far_bias += kv * num_tokens
+        before = far_count + kv * (num_tokens + 1)
+        start = tl.load(before + tl.minimum(tl.maximum(lowest, 0), num_tokens))
+        stop = tl.load(before + tl.minimum(tl.maximum(first_row + BLOCK_M - window, 0), num_tokens))
+        free_start = tl.load(before + tl.minimum(tl.maximum(whole, 0), num_tokens))
+        free_stop = tl.load(before + tl.minimum(tl.maximum(first_row - window + 1, 0), num_tokens))
+        count, first, end = split(start, stop, free_start, free_stop, BLOCK_N)
+        for MASKED in tl.static_range(2):
+            acc, total, highest = _attend(
+                acc, total, highest, q, rows, row_document, keys, values, WIDTH, WIDTH,
+                far_position, far_bias, documents, start, count, first, end, num_tokens, window, sliding, inner, outer,
+                True, MASKED, HAS_DOCUMENTS, HAS_SOFTCAP, WIDTH, BLOCK_D, BLOCK_N, WIDE,
+            )  # fmt: skip
+
+    nothing = total == 0.0
+    acc = acc / tl.where(nothing, 1.0, total)[:, None]
+    store_rows(output + batch * stride_ob + head * stride_oh, rows, stride_ot, num_tokens, acc, WIDTH, BLOCK_D)
+    # A row that sees nothing gets +inf, so that its weights are 0 again in the backward.
+    total = tl.where(nothing, float("inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))
+    tl.store(lse + row, total, mask=rows < num_tokens)

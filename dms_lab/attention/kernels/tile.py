@@ -1,0 +1,59 @@
+"""What the kernels share: rows of a tensor, products, scores, and which blocks of a range need no mask."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BOUNDED: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix of WIDTH columns, 0 outside it. Only with BOUNDED may `rows` reach beyond `num_rows`."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if BOUNDED:
+        if BLOCK_D != WIDTH:
+            return tl.load(pointers, mask=(rows < num_rows)[:, None] & (columns < WIDTH)[None, :], other=0.0)
+        else:
+            return tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+    else:
+        if BLOCK_D != WIDTH:
+            return tl.load(pointers, mask=(columns < WIDTH)[None, :], other=0.0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes the rows below `num_rows` of a tile, rounded to the tensor's type."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dot(a, b, WIDE: tl.constexpr):
+    """a @ b in float32. WIDE: float32 products of float32 operands; bfloat16 on the interpreter, too, which has none."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b)
+
+
+@triton.jit
+def bounded(product, inner, outer, HAS_SOFTCAP: tl.constexpr):
+    """Scores in powers of 2 from q . k, and the tangent they were bounded by: outer * tanh(inner * x), or outer * x."""
+    if HAS_SOFTCAP:
+        doubled = tl.exp2(product * (inner * 2.8853900817779268))  # e^2x; the tangent is right to 1e-7, not relatively so
+        tangent = 1.0 - 2.0 / (doubled + 1.0)
+        return tangent * outer, tangent
+    else:
+        return product * outer, product
+
+
+@triton.jit
+def split(start, stop, free_start, free_stop, BLOCK: tl.constexpr):
+    """Blocks of the range start..stop: how many in all, and the first and the end of those inside free_start..free_stop."""
+    count = tl.cdiv(tl.maximum(stop - start, 0), BLOCK)
+    first = tl.minimum(tl.cdiv(tl.maximum(free_start - start, 0), BLOCK), count)
+    end = tl.minimum(tl.maximum(free_stop - start, 0) // BLOCK, count)
+    return count, first, tl.maximum(first, end)
