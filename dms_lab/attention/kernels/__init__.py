@@ -1,4 +1,4 @@
-"""Training attention in Triton: `relaxed` is the door, each kernel has a file of its own, `far` and `spans` say what to skip.
+"""Training attention in Triton: `relaxed` is the door, a kernel has a file of its own, `far` and `spans` say what to skip.
 
     query, key, value, log_keep, document
         -> spans   of every token: where its document begins and ends

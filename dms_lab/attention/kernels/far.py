@@ -79,7 +79,7 @@ def select_far(
 
 
 def _reach(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """By how much the score of each key [B, K, T] can lie above a query's score of itself, over all queries of its heads."""
+    """By how much a query's score of each key [B, K, T] can lie above its score of itself, over all queries."""
     batch, num_kv_heads = key.shape[:2]
     longest = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32).view(batch, num_kv_heads, -1).amax(2)
     key = key.float()

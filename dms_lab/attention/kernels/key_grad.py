@@ -10,7 +10,8 @@ The same kernel in two launches, far first. Tiles are transposed: keys along the
 import triton
 import triton.language as tl
 
-from dms_lab.attention.kernels.tile import bounded, dot, load_rows, split, store_rows
+from dms_lab.attention.kernels.tile import bounded, dot, load_rows, store_rows
+from dms_lab.attention.kernels.visible import split
 
 
 @triton.jit
@@ -52,10 +53,7 @@ def _add(
     WIDE: tl.constexpr,
 ):
     """Adds blocks of queries, head by head: first..end of the `count` from row `start` on, or, MASKED, all others."""
-    if MASKED:
-        num_blocks = count - (end - first)
-    else:
-        num_blocks = end - first
+    num_blocks = count - (end - first) if MASKED else end - first
     for n in range(GROUP * num_blocks):  # one loop, so that loads of the next head are under way early
         head = n // num_blocks
         block = n % num_blocks

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from dms_lab.attention.kernels.tile import bounded, dot, load_rows, split, store_rows
+from dms_lab.attention.kernels.tile import bounded, dot, load_bias, load_rows, store_rows
+from dms_lab.attention.kernels.visible import far_blocks, near_blocks, row_bounds, visible_keys
 
 
 @triton.jit
@@ -41,38 +42,20 @@ def _add(
     WIDE: tl.constexpr,
 ):
     """Adds dS @ K of blocks of keys: first..end of the `count` from slot `start` on, or, MASKED, all others."""
-    if MASKED:
-        num_blocks = count - (end - first)
-    else:
-        num_blocks = end - first
+    num_blocks = count - (end - first) if MASKED else end - first
     for n in range(num_blocks):
-        if MASKED:
-            block = tl.where(n < first, n, n + end - first)
-        else:
-            block = n + first
+        block = tl.where(n < first, n, n + end - first) if MASKED else n + first
         slots = start + block * BLOCK_N + tl.arange(0, BLOCK_N)
         k = load_rows(keys, slots, stride_k, num_tokens, WIDTH, BLOCK_D, MASKED)
         v = load_rows(values, slots, stride_v, num_tokens, WIDTH, BLOCK_D, MASKED)
         scores, tangent = bounded(dot(q, tl.trans(k), WIDE), inner, outer, HAS_SOFTCAP)
         if FAR:
-            if MASKED:
-                scores += tl.load(biases + slots, mask=slots < num_tokens, other=float("-inf"))[None, :]
-            else:
-                scores += tl.load(biases + slots)[None, :]
+            scores += load_bias(biases, slots, num_tokens, MASKED)[None, :]
         weights = tl.exp2(scores - lse[:, None])
         if MASKED:
-            if FAR:
-                position = tl.load(positions + slots, mask=slots < num_tokens, other=num_tokens)
-            else:
-                position = slots
-            distance = rows[:, None] - position[None, :]
-            if FAR:
-                seen = (distance >= window) & (distance < sliding)
-            else:
-                seen = (distance >= 0) & (distance < window) & (distance < sliding)
-            if HAS_DOCUMENTS:
-                document = tl.load(documents + position, mask=position < num_tokens, other=-1)
-                seen &= row_document[:, None] == document[None, :]
+            seen = visible_keys(
+                rows, row_document, slots, positions, documents, num_tokens, window, sliding, FAR, HAS_DOCUMENTS
+            )
             weights = tl.where(seen, weights, 0.0)
         ds = weights * (dot(grad, tl.trans(v), WIDE) - delta[:, None])
         if HAS_SOFTCAP:
@@ -145,24 +128,16 @@ def query_grad_kernel(
     row_delta = tl.load(delta + row, mask=rows < num_tokens, other=0.0)
     keys = key + batch * stride_kb + kv_head * stride_kh
     values = value + batch * stride_vb + kv_head * stride_vh
-    documents += batch * num_tokens
 
-    lowest, whole = 0, 0  # keys before `lowest` are of other documents; from `whole` on all are of the one of all rows
-    row_document = rows
-    if HAS_DOCUMENTS:
-        inside = rows < num_tokens
-        row_document = tl.load(documents + rows, mask=inside, other=-1)
-        row_document = tl.where(row_document < 0, -2, row_document)  # padding equals no key
-        lowest = tl.min(tl.load(seen_from + batch * num_tokens + rows, mask=inside, other=num_tokens))
-        whole = tl.max(tl.load(run_start + batch * num_tokens + rows, mask=inside, other=0))
-    lowest = tl.maximum(lowest, first_row - sliding + 1)
-    whole = tl.maximum(whole, first_row + BLOCK_M - sliding)
+    documents += batch * num_tokens
+    seen_from += batch * num_tokens
+    run_start += batch * num_tokens
+    row_document, lowest, whole = row_bounds(
+        rows, first_row, documents, seen_from, run_start, num_tokens, sliding, HAS_DOCUMENTS, BLOCK_M
+    )
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    start = tl.maximum(tl.maximum(lowest, first_row - window + 1), 0)
-    stop = tl.minimum(first_row + BLOCK_M, num_tokens)
-    free_start = tl.maximum(tl.maximum(whole, first_row + BLOCK_M - window), 0)
-    count, first, end = split(start, stop, free_start, first_row + 1, BLOCK_N)
+    start, count, first, end = near_blocks(first_row, lowest, whole, num_tokens, window, BLOCK_M, BLOCK_N)
     for MASKED in tl.static_range(2):
         dq = _add(
             dq, q, g, row_lse, row_delta, rows, row_document, keys, values, stride_kt, stride_vt,
@@ -176,11 +151,7 @@ def query_grad_kernel(
         far_position += kv * num_tokens
         far_bias += kv * num_tokens
         before = far_count + kv * (num_tokens + 1)
-        start = tl.load(before + tl.minimum(tl.maximum(lowest, 0), num_tokens))
-        stop = tl.load(before + tl.minimum(tl.maximum(first_row + BLOCK_M - window, 0), num_tokens))
-        free_start = tl.load(before + tl.minimum(tl.maximum(whole, 0), num_tokens))
-        free_stop = tl.load(before + tl.minimum(tl.maximum(first_row - window + 1, 0), num_tokens))
-        count, first, end = split(start, stop, free_start, free_stop, BLOCK_N)
+        start, count, first, end = far_blocks(before, first_row, lowest, whole, num_tokens, window, BLOCK_M, BLOCK_N)
         for MASKED in tl.static_range(2):
             dq = _add(
                 dq, q, g, row_lse, row_delta, rows, row_document, keys, values, WIDTH, WIDTH,

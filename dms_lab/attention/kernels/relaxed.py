@@ -4,7 +4,6 @@ Opt-in: right on a CPU by Triton's interpreter (TRITON_INTERPRET=1), not yet mea
 Shapes: B batch, H query heads, K KV heads, G = H / K, T tokens, D head width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +36,16 @@ class Scoring:
     floor: float | None = None
     tiles: Tiles | None = None
 
-    def arguments(self, num_tokens: int) -> dict:
-        """The kernels' arguments: scores in powers of 2 are outer * product, or outer * tanh(inner * product)."""
+    def arguments(self, num_tokens: int, has_far: bool) -> dict:
+        """The kernels' arguments: scores in powers of 2 are outer * product, or outer * tanh(inner * product).
+
+        Without far keys all keys are near: the kernels add no bias to those.
+        """
         inner, outer = 0.0, self.scaling * LOG2E
         if self.softcap is not None:
             inner, outer = self.scaling / self.softcap, self.softcap * LOG2E
         sliding = _NO_LIMIT if self.sliding_window is None else self.sliding_window
-        window = min(self.window, num_tokens)
+        window = self.window if has_far else num_tokens
         return {"window": window, "sliding": sliding, "inner": inner, "outer": outer}
 
 
@@ -128,7 +130,7 @@ def _forward(query, key, value, far, document, spans, sinks, scoring) -> tuple[T
     forward_kernel[(batch * num_heads, triton.cdiv(num_tokens, tile.queries))](
         query, key, value, *_packed(key, value, far), *_far_tables(far, query), *_query_spans(document, spans, query),
         sinks if sinks is not None else query, output, lse,
-        *_strides(query, key, value, output), num_heads, num_tokens, **scoring.arguments(num_tokens),
+        *_strides(query, key, value, output), num_heads, num_tokens, **scoring.arguments(num_tokens, far is not None),
         HAS_FAR=far is not None, HAS_SINKS=sinks is not None, **_flags(query, key, document, scoring, tile),
     )  # fmt: skip
     return output, lse
@@ -153,8 +155,8 @@ def _query_grad(query, key, value, packed, far, document, spans, grad, lse, delt
     query_grad_kernel[(batch * num_heads, triton.cdiv(num_tokens, tile.queries))](
         query, key, value, *packed, *_far_tables(far, query), *_query_spans(document, spans, query),
         grad, lse, delta, query_grad,
-        *_strides(query, key, value, grad, query_grad), num_heads, num_tokens, **scoring.arguments(num_tokens),
-        scaling=scoring.scaling, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
+        *_strides(query, key, value, grad, query_grad), num_heads, num_tokens,
+        **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
     )  # fmt: skip
     return query_grad
 
@@ -176,8 +178,8 @@ def _key_grad(
         key_grad_kernel[(batch * num_kv_heads, triton.cdiv(num_tokens, tile.keys))](
             query, *keys, *_far_tables(far, query), *limits, grad, lse, delta,
             *grads, bias_grad if far is not None else lse, *far_grads,
-            *_strides(query, *keys, grad, *grads), num_kv_heads, num_tokens, **scoring.arguments(num_tokens),
-            scaling=scoring.scaling, FAR=is_far, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
+            *_strides(query, *keys, grad, *grads), num_kv_heads, num_tokens,
+            **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling, FAR=is_far, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
         )  # fmt: skip
 
     if far is not None:

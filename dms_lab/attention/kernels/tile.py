@@ -1,4 +1,4 @@
-"""What the kernels share: rows of a tensor, products, scores, and which blocks of a range need no mask."""
+"""What the kernels share: rows of a tensor, products, scores."""
 
 import triton
 import triton.language as tl
@@ -31,6 +31,15 @@ def store_rows(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
+def load_bias(biases, slots, num_slots, BOUNDED: tl.constexpr):
+    """Biases of packed keys, -inf outside."""
+    if BOUNDED:
+        return tl.load(biases + slots, mask=slots < num_slots, other=float("-inf"))
+    else:
+        return tl.load(biases + slots)
+
+
+@triton.jit
 def dot(a, b, WIDE: tl.constexpr):
     """a @ b in float32. WIDE: float32 products of float32 operands; bfloat16 on the interpreter, too, which has none."""
     if WIDE:
@@ -48,12 +57,3 @@ def bounded(product, inner, outer, HAS_SOFTCAP: tl.constexpr):
         return tangent * outer, tangent
     else:
         return product * outer, product
-
-
-@triton.jit
-def split(start, stop, free_start, free_stop, BLOCK: tl.constexpr):
-    """Blocks of the range start..stop: how many in all, and the first and the end of those inside free_start..free_stop."""
-    count = tl.cdiv(tl.maximum(stop - start, 0), BLOCK)
-    first = tl.minimum(tl.cdiv(tl.maximum(free_start - start, 0), BLOCK), count)
-    end = tl.minimum(tl.maximum(free_stop - start, 0) // BLOCK, count)
-    return count, first, tl.maximum(first, end)

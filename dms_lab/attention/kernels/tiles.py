@@ -34,13 +34,12 @@ def choose_tiles(width: int, dtype: torch.dtype) -> Tiles:
 def candidates(width: int, dtype: torch.dtype) -> list[Tiles]:
     """Tiles worth timing for heads of `width`, the default first."""
     if dtype == torch.float32:
-        block = 64 if width <= 64 else 32
-        return [Tiles(Tile(block, 32), Tile(block, 32), Tile(32, block))]
+        return [Tiles(Tile(32, 32), Tile(32, 32), Tile(32, 32))] if width <= 128 else [Tiles(*[Tile(16, 32)] * 3)]
     if width <= 64:
         return [
-            Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-            Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-            Tiles(Tile(64, 64, 4, 4), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+            Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+            Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+            Tiles(Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
         ]
     if width <= 128:
         return [
@@ -49,6 +48,6 @@ def candidates(width: int, dtype: torch.dtype) -> list[Tiles]:
             Tiles(Tile(64, 64, 4, 3), Tile(128, 32, 8, 3), Tile(32, 128, 8, 3)),
         ]
     return [
-        Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-        Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+        Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1)),
     ]
