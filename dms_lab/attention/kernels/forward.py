@@ -10,7 +10,7 @@ Scores are in powers of 2: log2(e) is folded into the scaling and into the bias.
 import triton
 import triton.language as tl
 
-from dms_lab.attention.kernels.tile import bounded, dot, load_bias, load_rows, store_rows
+from dms_lab.attention.kernels.tile import bounded, dot, load_bias, load_rows, rounded, store_rows
 from dms_lab.attention.kernels.visible import far_blocks, near_blocks, row_bounds, visible_keys
 
 
@@ -68,7 +68,7 @@ def _attend(
         highest = peak
         total = total * decay + tl.sum(weights, 1)
         v = load_rows(values, slots, stride_v, num_tokens, WIDTH, BLOCK_D, MASKED)
-        output = output * decay[:, None] + dot(weights.to(v.dtype), v, WIDE)
+        output = output * decay[:, None] + dot(rounded(weights, v.dtype, WIDE), v, WIDE)
     return output, total, highest
 
 
@@ -169,7 +169,7 @@ def forward_kernel(
 
     nothing = total == 0.0
     acc = acc / tl.where(nothing, 1.0, total)[:, None]
-    store_rows(output + batch * stride_ob + head * stride_oh, rows, stride_ot, num_tokens, acc, WIDTH, BLOCK_D)
+    store_rows(output + batch * stride_ob + head * stride_oh, rows, stride_ot, num_tokens, acc, WIDTH, BLOCK_D, WIDE)
     # A row that sees nothing gets +inf, so that its weights are 0 again in the backward.
     total = tl.where(nothing, float("inf"), highest + tl.log2(tl.where(nothing, 1.0, total)))
     tl.store(lse + row, total, mask=rows < num_tokens)

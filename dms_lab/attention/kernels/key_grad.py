@@ -10,7 +10,7 @@ The same kernel in two launches, far first. Tiles are transposed: keys along the
 import triton
 import triton.language as tl
 
-from dms_lab.attention.kernels.tile import bounded, dot, load_rows, store_rows
+from dms_lab.attention.kernels.tile import bounded, dot, load_rows, rounded, store_rows
 from dms_lab.attention.kernels.visible import split
 
 
@@ -84,13 +84,13 @@ def _add(
                 row_document = tl.load(documents + rows, mask=rows < num_tokens, other=-1)
                 seen &= key_document[:, None] == row_document[None, :]
             weights = tl.where(seen, weights, 0.0)
-        dv += dot(weights.to(g.dtype), g, WIDE)
+        dv += dot(rounded(weights, g.dtype, WIDE), g, WIDE)
         ds = weights * (dot(v, tl.trans(g), WIDE) - row_delta[None, :])
         if FAR:
             dbias += tl.sum(ds, 1)
         if HAS_SOFTCAP:
             ds *= 1.0 - tangent * tangent
-        dk += dot(ds.to(q.dtype), q, WIDE)
+        dk += dot(rounded(ds, q.dtype, WIDE), q, WIDE)
     return dk, dv, dbias
 
 
@@ -222,5 +222,5 @@ def key_grad_kernel(
         dk = dk * scaling
     dk_rows = key_grad + batch * stride_dkb + kv_head * stride_dkh
     dv_rows = value_grad + batch * stride_dvb + kv_head * stride_dvh
-    store_rows(dk_rows, slots, stride_dkt, num_slots, dk, WIDTH, BLOCK_D)
-    store_rows(dv_rows, slots, stride_dvt, num_slots, dv, WIDTH, BLOCK_D)
+    store_rows(dk_rows, slots, stride_dkt, num_slots, dk, WIDTH, BLOCK_D, WIDE)
+    store_rows(dv_rows, slots, stride_dvt, num_slots, dv, WIDTH, BLOCK_D, WIDE)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from dms_lab.attention.kernels.tile import bounded, dot, load_bias, load_rows, store_rows
+from dms_lab.attention.kernels.tile import bounded, dot, load_bias, load_rows, rounded, store_rows
 from dms_lab.attention.kernels.visible import far_blocks, near_blocks, row_bounds, visible_keys
 
 
@@ -60,7 +60,7 @@ def _add(
         ds = weights * (dot(grad, tl.trans(v), WIDE) - delta[:, None])
         if HAS_SOFTCAP:
             ds *= 1.0 - tangent * tangent
-        dq += dot(ds.to(k.dtype), k, WIDE)
+        dq += dot(rounded(ds, k.dtype, WIDE), k, WIDE)
     return dq
 
 
@@ -160,4 +160,4 @@ def query_grad_kernel(
             )  # fmt: skip
 
     dq = dq * scaling
-    store_rows(query_grad + batch * stride_db + head * stride_dh, rows, stride_dt, num_tokens, dq, WIDTH, BLOCK_D)
+    store_rows(query_grad + batch * stride_db + head * stride_dh, rows, stride_dt, num_tokens, dq, WIDTH, BLOCK_D, WIDE)

@@ -156,7 +156,8 @@ def _query_grad(query, key, value, packed, far, document, spans, grad, lse, delt
         query, key, value, *packed, *_far_tables(far, query), *_query_spans(document, spans, query),
         grad, lse, delta, query_grad,
         *_strides(query, key, value, grad, query_grad), num_heads, num_tokens,
-        **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
+        **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling,
+        HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
     )  # fmt: skip
     return query_grad
 
@@ -179,7 +180,8 @@ def _key_grad(
             query, *keys, *_far_tables(far, query), *limits, grad, lse, delta,
             *grads, bias_grad if far is not None else lse, *far_grads,
             *_strides(query, *keys, grad, *grads), num_kv_heads, num_tokens,
-            **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling, FAR=is_far, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
+            **scoring.arguments(num_tokens, far is not None), scaling=scoring.scaling,
+            FAR=is_far, HAS_FAR=far is not None, **_flags(query, key, document, scoring, tile),
         )  # fmt: skip
 
     if far is not None:

@@ -22,12 +22,22 @@ def load_rows(base, rows, stride, num_rows, WIDTH: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def store_rows(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def rounded(x, dtype: tl.constexpr, WIDE: tl.constexpr):
+    """float32 `x` in `dtype`, to the nearest even; the interpreter would cut bfloat16 off, and comes here with WIDE."""
+    if WIDE and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def store_rows(base, rows, stride, num_rows, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
     """Writes the rows below `num_rows` of a tile, rounded to the tensor's type."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + rows[:, None] * stride + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+    tl.store(pointers, rounded(tile, base.dtype.element_ty, WIDE), mask=mask)
 
 
 @triton.jit
@@ -41,7 +51,7 @@ def load_bias(biases, slots, num_slots, BOUNDED: tl.constexpr):
 
 @triton.jit
 def dot(a, b, WIDE: tl.constexpr):
-    """a @ b in float32. WIDE: float32 products of float32 operands; bfloat16 on the interpreter, too, which has none."""
+    """a @ b in float32. WIDE: of float32 operands, not rounded; on the interpreter all are, which has no bfloat16."""
     if WIDE:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
