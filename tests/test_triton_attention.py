@@ -114,7 +114,7 @@ def test_the_kernels_equal_the_reference_in_output_and_every_gradient(shape, kee
         ("holes", 4, None, None),
         ("zero", 3, ((0, 55), (1, 25)), None),
         ("zero", 3, ((0, 20), (1, 10), (0, 50)), None),
-        ("none", 80, ((0, 20), (1, 10), (0, 50)), 47),
+        ("none", 80, ((0, 70), (1, 10)), 40),
     ],
 )
 def test_blocks_without_masks_end_where_a_row_sees_less(keep, window, rows, sliding):
@@ -224,6 +224,15 @@ def test_all_that_is_left_out_weighs_less_than_half_a_unit_in_the_last_place(see
     distance = torch.arange(num_tokens)[:, None] - torch.arange(num_tokens)
     left_out = (distance >= 2) & ~alive.repeat_interleave(2, 1)[:, :, None]
     assert (weights * left_out).sum(-1).max() <= 2**-25
+
+
+def test_a_key_is_left_out_by_a_bound_that_is_met():
+    k = torch.tensor([[[[2.0, 0.0], [-2.0, 0.0]]]])  # opposite keys, and a query that points from its own to the other
+    q = torch.tensor([[[[0.0, 0.0], [10.0, 0.0]]]])
+    edge = far.noise_floor(2) - 0.5 * 10 * 4
+    for log_keep, count in ((edge - 0.01, 0), (edge + 0.01, 1)):
+        keep = torch.tensor([[[log_keep, -math.inf]]])
+        assert int(far.select_far(q, k, keep, None, 0.5).count[0, 0, -1]) == count
 
 
 def test_values_that_are_no_numbers_reach_the_output():
