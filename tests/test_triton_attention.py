@@ -115,6 +115,7 @@ def test_the_kernels_equal_the_reference_in_output_and_every_gradient(shape, kee
         ("zero", 3, ((0, 55), (1, 25)), None),
         ("zero", 3, ((0, 20), (1, 10), (0, 50)), None),
         ("none", 80, ((0, 70), (1, 10)), 40),
+        ("none", 80, None, 63),
     ],
 )
 def test_blocks_without_masks_end_where_a_row_sees_less(keep, window, rows, sliding):
