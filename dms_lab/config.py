@@ -22,7 +22,7 @@ CHOICES = {
     "count": ("live", "decisions"),
     "retention": ("one_sided", "two_sided"),
     "kl_direction": ("forward", "reverse"),
-    "attention": ("auto", "reference", "chunked", "flex"),
+    "attention": ("auto", "reference", "chunked", "flex", "triton"),
     "tracking": ("none", "wandb"),
     "strategy": ("auto", "ddp", "fsdp"),
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),

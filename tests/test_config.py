@@ -136,7 +136,7 @@ def test_the_published_command_composes():
         (["window=64"], r"needs T > cr \* window, here 512 > 512"),
         (["predictor=mlp"], "choose one of adapter, neuron"),
         (["decided_by=previous"], "choose one of self, next, delayed"),
-        (["attention=sdpa"], "choose one of auto, reference, chunked, flex"),
+        (["attention=sdpa"], "choose one of auto, reference, chunked, flex, triton"),
         (["model.dtype=int8"], "choose one of float32, bfloat16, float16"),
         (["data=text"], "needs data.path"),
         (["data=text", "data.path=7"], "data.path=7 must be text"),

@@ -54,3 +54,22 @@ def test_relaxed_decisions_give_the_golden_output_and_gradient(name, backend, mo
     torch.testing.assert_close(output, case["soft_output"], rtol=1e-9, atol=1e-9)
     (output * case["cotangent"]).sum().backward()
     torch.testing.assert_close(logit.grad, case["evict_logit_grad"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_triton_kernels_give_the_golden_output_and_gradient_in_float32(name):
+    pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
+    from dms_lab.attention.kernels.relaxed import INTERPRETED
+
+    case = load(name)
+    if not INTERPRETED:
+        case = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in case.items()}
+    logit = case["evict_logit"].clone().requires_grad_()
+    noisy = eviction.govern(logit + case["noise"], case["decided_by"], case["window"], case["document"], -math.inf)
+    keep = eviction.log_keep(noisy, torch.zeros((), dtype=noisy.dtype, device=noisy.device), case["tau"])
+    q, k, v = (case[x].float() for x in "qkv")
+    scaling = q.shape[-1] ** -0.5
+    output = soft_attention(q, k, v, keep, case["window"], case["document"], scaling, backend="triton")
+    torch.testing.assert_close(output.double(), case["soft_output"], rtol=1e-5, atol=1e-6)
+    (output * case["cotangent"]).sum().backward()
+    torch.testing.assert_close(logit.grad, case["evict_logit_grad"], rtol=1e-3, atol=1e-5)

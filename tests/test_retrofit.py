@@ -253,6 +253,33 @@ def test_gemma3_s_queries_are_told_apart_where_there_are_as_many_tokens_as_heads
         torch.testing.assert_close(short.state.evict_logit, long.state.evict_logit[..., :4], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss"])  # plain; soft-cap and sliding window; sinks
+def test_the_triton_kernels_train_a_model_as_the_exact_attention_does(family):
+    pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
+    document = torch.tensor([[0] * 12 + [1] * 8, [2] * 17 + [-1] * 3])
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: the kernels are not interpreted, and the model is on the CPU")
+    found = {}
+    for backend in ("chunked", "triton"):
+        model = build(family)
+        handle = decide(retrofit(model, DmsConfig(window=3)))
+        hidden = model.get_decoder()(
+            input_ids=batch()["input_ids"],
+            attention_mask=torch.ones_like(document),
+            use_cache=False,
+            dms=handle.soft(Relaxation((0, 0, 0)), document, backend),
+        ).last_hidden_state
+        real = hidden[document >= 0]
+        trained = [
+            p for n, p in model.named_parameters() if PREDICTOR in n or "q_proj" in n or "v_proj" in n or "sinks" in n
+        ]
+        found[backend] = (real.detach(), *torch.autograd.grad((real * torch.linspace(-1, 1, real.shape[1])).sum(), trained))
+    assert len(found["triton"]) >= 9
+    for got, want in zip(found["triton"], found["chunked"], strict=True):
+        assert want.abs().max() > 0
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
 def test_in_the_fading_stage_nothing_is_evicted_and_the_element_fades():
     model = build("llama")
     handle = decide(retrofit(model, DmsConfig(window=3, predictor="neuron")))

@@ -210,5 +210,5 @@ def test_auto_is_named_and_flex_is_refused_where_it_cannot_train():
     assert choose_backend("auto", "cuda") == "flex"
     with pytest.raises(ValueError, match="no backward on cpu"):
         choose_backend("flex", "cpu")
-    with pytest.raises(ValueError, match="choose one of auto, reference, chunked, flex"):
+    with pytest.raises(ValueError, match="choose one of auto, reference, chunked, flex, triton"):
         choose_backend("sdpa", "cpu")

@@ -1,1 +1,1 @@
-"""Attention under eviction: `reference` is the specification, `soft` trains."""
+"""Attention under eviction: `reference` is the specification, `soft` trains, `kernels` holds what runs on a GPU."""

@@ -3,6 +3,7 @@
     reference  dense and eager, the specification
     chunked    exact; queries in chunks over the keys up to them; probabilities are recomputed in the backward
     flex       torch FlexAttention, compiled; CUDA only for training (it has no backward on CPUs)
+    triton     kernels of our own (`kernels/`), CUDA only; evicted keys cost nothing. Opt-in: not yet measured on a GPU
 
 The score of key j for query i gets log_keep[j] once i - j >= window. In the backward the gradient of log_keep is the
 column sum of dS over those queries and over the G query heads of the group.
@@ -20,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from dms_lab.attention import reference
 
-BACKENDS = ("auto", "reference", "chunked", "flex")
+BACKENDS = ("auto", "reference", "chunked", "flex", "triton")
 _CHUNK = 64  # queries; on one core a quarter less time than 128 at 512 tokens, and as fast as 32
 _BLOCK = 128  # FlexAttention's own block of queries and of keys
 _log = logging.getLogger(__name__)
@@ -30,17 +31,34 @@ _log = logging.getLogger(__name__)
 def choose_backend(name: str, device_type: str) -> str:
     """The backend that `name` means on a device: `auto` is flex on CUDA and chunked elsewhere. Logs a choice once.
 
-    Raises `ValueError` for an unknown name, and for flex where it cannot train.
+    Raises `ValueError` for an unknown name, and for flex and triton where they cannot train.
     """
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
     if name == "flex" and device_type != "cuda":
         raise ValueError(f"attention='flex' has no backward on {device_type}; use attention=chunked, which is exact")
+    if name == "triton":
+        _check_triton(device_type)
     if name != "auto":
         return name
     chosen = "flex" if device_type == "cuda" else "chunked"
     _log.info("attention=auto: %s on %s", chosen, device_type)
     return chosen
+
+
+def _check_triton(device_type: str) -> None:
+    try:
+        from dms_lab.attention.kernels import relaxed
+    except ImportError as error:
+        raise ValueError(
+            f"attention='triton' needs the package triton ({error}): pip install 'dms_lab[gpu]', or use attention=flex on "
+            "CUDA and attention=chunked elsewhere"
+        ) from error
+    if device_type != "cuda" and not relaxed.INTERPRETED:
+        raise ValueError(
+            f"attention='triton' has kernels for cuda, not for {device_type}; use attention=chunked, which is exact "
+            "(TRITON_INTERPRET=1 in the environment interprets the kernels on a CPU, slowly, as the tests do)"
+        )
 
 
 def soft_attention(
@@ -60,7 +78,7 @@ def soft_attention(
 
     `log_keep` is governed already (0: kept, -inf: evicted for sure), [B, 1, T] where the heads share it; None is plain
     attention. `document` [B, T] separates packed documents, -1 is padding, whose rows are 0; None: one unpadded document
-    a row. `chunked` is differentiable once, and computes in float32 or better, under autocast too.
+    a row. `chunked` and `triton` are differentiable once; `chunked` computes in float32 or better, under autocast too.
     """
     backend = choose_backend(backend, query.device.type)
     if log_keep is not None:
@@ -71,6 +89,11 @@ def soft_attention(
         return reference.attend(query, key, value, bias, scaling, softcap, sinks)[0]
     if backend == "flex":
         return flex_attention(query, key, value, log_keep, window, document, scaling, softcap, sinks, sliding_window)
+    if backend == "triton":
+        from dms_lab.attention.kernels.relaxed import Scoring, relaxed_attention
+
+        scoring = Scoring(window, scaling, softcap, sliding_window)
+        return relaxed_attention(query, key, value, log_keep, document, sinks, scoring)
     padding = None
     if document is not None and _one_document_each(document):
         padding, document = document < 0, None
