@@ -48,6 +48,15 @@ def test_what_drops_nothing_or_has_a_budget_of_tokens_missed_no_ratio():
     assert warnings(clean() + [one for one in rule if one["target_cr"] == 8.0]) == []
 
 
+def test_a_rule_that_stood_beside_runs_with_different_budgets_is_told():
+    rule = [one | {"method": "tova", "settings": {"live_tokens": 60}} for one in clean() if one["method"] == "dms"]
+    assert warnings(clean() + rule) == []
+    seeds = [one | {"settings": {"live_tokens": 60 + one["seed"]}} for one in rule]  # each seed has a run of its own
+    assert warnings(clean() + seeds) == []
+    (found,) = warnings(clean() + rule + [one | {"settings": {"live_tokens": 75}} for one in rule])
+    assert "tova at CR 8 is a mean over budgets of 60, 75 live tokens" in found
+
+
 def test_a_single_seed_is_told_unless_chains_were_drawn_more_often():
     (found,) = warnings([one for one in clean() if one["seed"] == 0])
     assert "tiny: one seed alone of dms, full and quest on ledger, road" in found

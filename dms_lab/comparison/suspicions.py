@@ -23,13 +23,13 @@ _OWN_SETTINGS = ("budget", "live_tokens", "dialled_from", "threshold", "length")
 def warnings_of(frame: "pd.DataFrame") -> list[str]:
     """A sentence for everything in these results that a conclusion should not rest on; [] if nothing was found.
 
-    Budgets that were not reached (more than 20 % off), full attention off its published score, chains cut off, a single
-    seed or different ones, several configurations or settings in one curve, tasks that differ, several versions or
+    Budgets that were not reached (more than 20 % off) or differ within a point, full attention off its published score,
+    chains cut off, a single seed or different ones, several configurations or settings in one curve, tasks that differ, several versions or
     revisions, no interval, no baseline.
     """
     points, rows = measured_points(frame), frame.to_dict("records")
     found: list[str] = []
-    for part in (_budgets, _seeds, _configurations, _tasks, _baselines, _intervals, _scores):
+    for part in (_budgets, _live_tokens, _seeds, _configurations, _tasks, _baselines, _intervals, _scores):
         found += part(points)
     for row in longest(rows):
         found += score_suspicions(row, _full_score(row))
@@ -87,6 +87,19 @@ def _full_score(row: Row) -> float | None:
 
 
 # -- of points -----------------------------------------------------------------------------------------------------------
+def _live_tokens(points: list[MeasuredPoint]) -> Iterator[str]:
+    """Rules beside several runs of one seed were given what each of the runs had kept: one ratio, several budgets."""
+    for point in points:
+        for rows in grouped(point.answered, lambda row: (row["task"], row["seed"])).values():
+            live = sorted({row["settings"]["live_tokens"] for row in rows if "live_tokens" in row["settings"]})
+            if len(live) > 1:
+                yield (
+                    f"{point.model}: {label(point.method, point.variant)} at CR {point.target_cr:g} is a mean over budgets "
+                    f"of {', '.join(map(str, live))} live tokens, those of several runs: compare each beside its own run"
+                )
+                break
+
+
 def _budgets(points: list[MeasuredPoint]) -> Iterator[str]:
     asked = (p for p in points if p.dial[0] == "cr" and p.target_cr > 1 and p.method not in _KEEP_EVERYTHING)
     for (model, method, variant, tasks), part in grouped(asked, lambda point: point.curve).items():

@@ -135,7 +135,9 @@ def main() -> None:
         points = [point for point in expand(load_sweep(FOLDER)) if point.command == "train"]
         missing = [point.folder for point in points if not (Path(point.folder) / "done.json").is_file()]
         if missing:
-            raise SystemExit(f"error: not trained yet: {', '.join(missing)}; python -m dms_lab.sweep submit {FOLDER.name}")
+            raise SystemExit(
+                f"error: not trained yet: {', '.join(missing)}; python -m dms_lab.sweep submit experiments/{FOLDER.name}"
+            )
         pd.DataFrame(list(rows(points, args.documents))).to_csv(path, index=False, float_format="%.4f")
     frame = pd.read_csv(path)
     save_figure(figure(frame), FOLDER / "positions.png")

@@ -3,8 +3,7 @@
     results.csv -> what each seed's DMS kept, and on which problems -> experiments/peers/kvpress/run.py, once a seed, ratio
       and press (`make kvpress` builds its environment) -> presses.csv, rows as in results.csv
 
-Done ones are not run again: the lines are kept in runs/peers/rivals.jsonl until presses.csv is written. Remove that file to
-measure anew.
+What was measured is kept in runs/peers/rivals.jsonl and not run again; remove that file to measure anew.
 """
 
 import subprocess
@@ -52,19 +51,26 @@ def main() -> None:
         made = ["--count", count, "--length", length, "--seed", seed, "--out", prompts]
         run([sys.executable, PEER / "prompts.py", *made])
         for press, words in PRESSES.items():
-            if is_measured(press, seed, live):
+            if lines_of(press, seed, cr, live, count, length):
                 continue
             common = ["--model", "dms_lab/tiny/model", "--name", "tiny", "--prompts", prompts, "--out", LINES]
             run([PYTHON, PEER / "run.py", *common, "--press", press, "--cr", cr, "--budget", live, "--seed", seed, *words])
-    results.save_csv(results.load(LINES), FOLDER / "presses.csv")
+    asked = budgets(results.load(FOLDER / "results.csv"))
+    found = [row for case in asked for press in PRESSES for row in lines_of(press, *case)]
+    results.save_csv(pd.DataFrame(found), FOLDER / "presses.csv")
 
 
-def is_measured(press: str, seed: int, live: int) -> bool:
-    """Whether the lines hold this press at this budget."""
+def lines_of(press: str, seed: int, cr: float, live: int, count: int, length: int) -> list[dict]:
+    """The rows of a press at a budget, on so many problems of a length; [] before they are measured."""
     if not LINES.is_file():
-        return False
-    rows = results.load(LINES).to_dict("records")
-    return any(press in r["method"] and r["seed"] == seed and r["settings"].get("live_tokens") == live for r in rows)
+        return []
+    asked = {"live_tokens": live, "length": length}
+    return [
+        row
+        for row in results.load(LINES).to_dict("records")
+        if press in row["method"]
+        and (row["seed"], row["target_cr"], row["num_problems"], row["settings"]) == (seed, cr, count, asked)
+    ]
 
 
 if __name__ == "__main__":
