@@ -24,8 +24,8 @@ def warnings_of(frame: "pd.DataFrame") -> list[str]:
     """A sentence for everything in these results that a conclusion should not rest on; [] if nothing was found.
 
     Budgets that were not reached (more than 20 % off) or differ within a point, full attention off its published score,
-    chains cut off, a single seed or different ones, several configurations or settings in one curve, tasks that differ, several versions or
-    revisions, no interval, no baseline.
+    chains cut off, a single seed or different ones, several configurations or settings in one curve, tasks that differ,
+    several versions or revisions, no interval, no baseline.
     """
     points, rows = measured_points(frame), frame.to_dict("records")
     found: list[str] = []
