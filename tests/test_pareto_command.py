@@ -228,7 +228,7 @@ def sweep(tmp_path, monkeypatch):
         own = {"run_id": place.name, "width": 1, "max_tokens": None, "settings": {}}
         full = a_result(method="full", target_cr=1.0, **own)
         results.append(place / results.RESULTS, [full, a_result(method="dms", target_cr=2.0, accuracy=accuracy, **own)])
-        record(place, own_evaluation(point.config), 2)
+        record(place, own_evaluation(point.config), range(2))
     return folder, points
 
 

@@ -197,7 +197,10 @@ def _replace_unsent(place: Path, run_id: str) -> tuple[int, list[list]]:
     home = place.parent
     noted = {}
     for kind in (_STEPS, _MARKS):
-        noted[kind] = {name: of for name, of in _noted(home, run_id, kind).items() if not _is_unsent(home / name)}
+        known = _noted(home, run_id, kind)
+        if place.name in known:  # a folder of the same second that was sent and removed: it keeps its note, not its name
+            known[f"{place.name}~"] = known.pop(place.name)
+        noted[kind] = {name: of for name, of in known.items() if not _is_unsent(home / name)}
     for file in home.glob(f"offline-run-*/run-{run_id}.wandb"):
         if file.parent != place and _is_unsent(file.parent):
             shutil.rmtree(file.parent)
