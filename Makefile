@@ -8,7 +8,7 @@ ARGS ?=
 THREADS ?= 2
 export OMP_NUM_THREADS ?= $(THREADS)
 
-.PHONY: help setup demo test test-all slurm-test check kvpress bench-cpu notebooks clean
+.PHONY: help setup demo test test-all slurm-test check kvpress bench bench-compare bench-cpu gpu-check notebooks clean
 
 help:  ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +46,16 @@ $(KVPRESS)/.venv/.installed: $(KVPRESS)/requirements.txt
 	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check torch -c $(KVPRESS)/requirements.txt
 	$(KVPRESS)/.venv/bin/python -m pip install --quiet --disable-pip-version-check -r $(KVPRESS)/requirements.txt
 	touch $(KVPRESS)/.venv/.installed
+
+bench: $(STAMP)  ## every benchmark in its short form: experiments/benchmarks/<name>/results.json
+	$(BIN)/python -m experiments.benchmarks.run $(ARGS)
+
+bench-compare: $(STAMP)  ## the same into runs/benchmarks, held against what is committed, as ratios to the dense path
+	$(BIN)/python -m experiments.benchmarks.run --folder runs/benchmarks $(ARGS)
+	$(BIN)/python -m experiments.benchmarks.compare runs/benchmarks
+
+gpu-check: $(STAMP)  ## with a GPU: kernels against the references first, then every table, see experiments/benchmarks
+	$(BIN)/python -m experiments.benchmarks.gpu_check $(ARGS)
 
 bench-cpu: $(STAMP)  ## speed and memory of the compact cache on this CPU, an hour: see experiments/benchmarks/decode_cpu
 	set -e; for part in decode memory prefill peak; do $(BIN)/python $(DECODE_CPU)/bench.py $$part $(ARGS); done

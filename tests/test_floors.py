@@ -1,17 +1,12 @@
 """The counts of the benchmarks against what torch counts in the same operations, and against numbers worked out by hand."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dms_lab import economics
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "benchmarks" / "floors"))
-import counts
+from experiments.benchmarks import counts
 
 SMALL = counts.Shape(num_layers=3, hidden=32, mlp=48, num_heads=4, num_kv_heads=2, head_dim=8, vocabulary=50)
 

@@ -1,6 +1,5 @@
 """The Triton kernels equal the dense reference in output and in every gradient, through the interpreter or on a GPU."""
 
-import json
 import math
 import os
 import subprocess
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from dms_lab.attention import reference, soft
 from dms_lab.attention.soft import soft_attention
+from experiments.benchmarks import harness
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
@@ -309,20 +309,20 @@ def test_the_kernels_compile_for_hopper_within_its_shared_memory(tmp_path):
     assert "| 64 | key_grad_far |" in text
 
 
-def test_the_benchmark_runs_and_says_what_ran(tmp_path):
+def test_the_benchmark_times_the_kernels_against_dense_attention(tmp_path):
     words = [
         sys.executable,
-        BENCHMARK / "measure.py",
+        "-m",
+        "experiments.benchmarks.training_attention.measure",
         "time",
         "--short",
-        "--documents",
-        "2",
-        "--out",
-        tmp_path / "out.json",
+        "--shapes",
+        "tiny",
     ]
-    subprocess.run(words, check=True, capture_output=True)
-    found = json.loads((tmp_path / "out.json").read_text())
-    assert {row["kind"] for row in found["rows"]} == {"check", "time"}
-    assert not [row for row in found["rows"] if "failed" in row]
-    assert found["revision"]
-    assert found["torch"] == torch.__version__
+    words += ["--tokens", "48", "--documents", "2", "--rounds", "1", "--contestants", "triton", "math"]
+    subprocess.run([*words, "--out", tmp_path / "out.json"], check=True, capture_output=True, cwd=BENCHMARK.parents[2])
+    about, rows = harness.read(tmp_path / "out.json")
+    assert about["git_revision"]
+    assert about["versions"]["torch"] == torch.__version__
+    assert {row.name for row in rows} == {"triton", "math"}
+    assert {place[1] for place in harness.ratios(rows)} == {"triton"}

@@ -79,10 +79,10 @@ class ForcedPolicy(WindowedRule):
     name = "forced"
     window = WINDOW
 
-    def __init__(self, unequal: bool = False, kept: float = 1 / CR) -> None:
-        spread = torch.linspace(-2, 2, NUM_KV_HEADS).exp2() if unequal else torch.ones(NUM_KV_HEADS)
+    def __init__(self, unequal: bool = False, kept: float = 1 / CR, num_kv_heads: int = NUM_KV_HEADS) -> None:
+        spread = torch.linspace(-2, 2, num_kv_heads).exp2() if unequal else torch.ones(num_kv_heads)
         kept = kept * spread / spread.mean()
-        drawn = torch.rand(NUM_KV_HEADS, _PERIOD, generator=torch.Generator().manual_seed(0))
+        drawn = torch.rand(num_kv_heads, _PERIOD, generator=torch.Generator().manual_seed(0))
         self._evict = drawn >= kept[:, None]
 
     def flags(self, evict_logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor:
@@ -111,10 +111,11 @@ def fill(cache: Cache, num_tokens: int, batch: int, dtype: torch.dtype, models: 
             cache.update(block, block, layer)
         else:
             cache.announce("nobody") if models is None else models.retrofitted.dms_retrofit.hard(cache)
-            _fill_layer(cache, layer, block)
+            fill_layer(cache, layer, block)
 
 
-def _fill_layer(cache: dms_lab.CompactCache, index: int, block: Tensor) -> None:
+def fill_layer(cache: dms_lab.CompactCache, index: int, block: Tensor) -> None:
+    """Puts keys and values, both `block` [B, K, T, D], into an empty layer by its own storing."""
     batch, num_kv_heads, num_tokens, _ = block.shape
     cache.update(block, block, index)
     layer = cache.layers[index]

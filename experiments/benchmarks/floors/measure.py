@@ -1,54 +1,44 @@
-"""Kernels against their floors on this machine: python experiments/benchmarks/floors/measure.py [--short] [--device cuda]
+"""Kernels against their floors on this machine: python -m experiments.benchmarks.floors.measure [--short] [--device cuda]
 
-    a large matrix product, a large copy -> ceilings
-    one layer's kernels of a model's shape, random weights -> seconds, medians -> seconds / floor
-    whole training and decoding steps -> floors alone
-
-Writes results.json beside this file (hardware, versions, revision), --short into runs/, and prints the tables in Markdown.
+a large matrix product, a large copy -> ceilings
+one layer's kernels of a model's shape, random weights -> seconds / floor
+whole training and decoding steps -> floors alone
 """
 
 import argparse
-import json
-import platform
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import counts
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from dms_lab import distillation
 from dms_lab.attention import paged
 from dms_lab.attention.soft import choose_backend, soft_attention
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
-from dms_lab.results import git_revision, versions
+from experiments.benchmarks import counts, harness
 
 FOLDER = Path(__file__).parent
 WINDOW = 256
 Kernel = tuple[str, counts.Work, Callable[[], object]]
 
 
-def seconds(function: Callable[[], object], least: float) -> float:
-    """The median time of a call, measured for `least` seconds or more."""
-    return (
-        Timer("run()", globals={"run": function}, num_threads=torch.get_num_threads())
-        .blocked_autorange(min_run_time=least)
-        .median
-    )
-
-
-def measured_ceilings(device: torch.device, dtype: torch.dtype, short: bool) -> counts.Ceilings:
+def measured_ceilings(device: torch.device, dtype: torch.dtype, short: bool, rounds: int) -> counts.Ceilings:
     """Of a square matrix product and of a copy, each too large for any cache of the device (smaller if `short`)."""
+
+    def best(run: Callable[[], object]) -> float:
+        return min(harness.take_turns({"": run}, rounds, device)[""])
+
     size = (512 if short else 2048) if device.type == "cpu" else 8192
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = seconds(lambda: a @ b, 0.2 if short else 2.0)
+    product = best(lambda: a @ b)
     source = torch.zeros((2**26 if short else 2**28) if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = seconds(lambda: target.copy_(source), 0.2 if short else 2.0)
+    copied = best(lambda: target.copy_(source))
     return counts.Ceilings(2 * size**3 / product, 2 * source.numel() / copied)
 
 
@@ -154,72 +144,40 @@ def steps(shape: counts.Shape, itemsize: int) -> Iterator[tuple[str, counts.Work
             yield f"decoding step, {context:,} tokens x {batch}, CR {cr}", work
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Everything that is written."""
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    ceilings = measured_ceilings(device, dtype, args.short)
-    found = {"hardware": hardware(device), "versions": versions(), "git_revision": git_revision()}
-    found |= {
-        "dtype": args.dtype,
-        "threads": torch.get_num_threads(),
-        "ceilings": asdict(ceilings),
-        "kernels": [],
-        "steps": [],
-    }
+def measure(args: argparse.Namespace, ceilings: counts.Ceilings) -> list[harness.Row]:
+    """Every kernel's seconds, held against the larger of its two floors."""
+    rows = []
     for name in args.shapes:
-        shape = counts.SHAPES[name]
-        for kernel, work, run in kernels(shape, device, dtype, args):
-            taken, floor = seconds(run, 0.1 if args.short else 1.0), max(work.floors(ceilings))
-            row = {"shape": name, "kernel": kernel, **asdict(work), "floor_seconds": floor, "seconds": taken}
-            found["kernels"].append(row | {"over_floor": taken / floor})
+        for kernel, work, run in kernels(counts.SHAPES[name], args.device, getattr(torch, args.dtype), args):
+            taken = harness.take_turns({"": run}, args.rounds, args.device)[""]
+            case = f"{name}: {kernel}"
+            rows.append(harness.Row(case, "measured", taken, "floor", notes=asdict(work)))
+            rows.append(harness.Row(case, "floor", [max(work.floors(ceilings))] * len(taken), "floor"))
+    return rows
+
+
+def print_tables(rows: Sequence[harness.Row], ceilings: counts.Ceilings, itemsize: int) -> None:
+    """What was measured, and the floors of whole steps, as Markdown."""
+    print(f"{ceilings.flops / 1e9:,.0f} G operations/s, {ceilings.bandwidth / 1e9:,.1f} GB/s\n")
+    ratios, cells = harness.ratios(rows), []
+    for row in rows:
+        if row.name == "measured":
+            work, taken = counts.Work(**row.notes), statistics.median(row.values)
+            sizes = f"{work.flops / 1e9:,.2f}", f"{work.bytes / 1e6:,.1f}", f"{max(work.floors(ceilings)) * 1e3:,.2f}"
+            cells.append((row.case, *sizes, f"{taken * 1e3:,.2f}", f"{ratios[row.case, row.name]:.2f}"))
+    print(harness.table(("kernel", "G operations", "MB", "floor ms", "measured ms", "measured / floor"), cells))
+    cells = []
     for name, shape in counts.SHAPES.items():
-        for step, work in steps(shape, dtype.itemsize):
-            arithmetic, memory = work.floors(ceilings)
-            row = {"shape": name, "step": step, **asdict(work), "flops_seconds": arithmetic, "bytes_seconds": memory}
-            found["steps"].append(row)
-    return found
-
-
-def hardware(device: torch.device) -> str:
-    """The processor or GPU by its own name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [
-        line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0] if names else platform.machine()
-
-
-def tables(found: dict) -> str:
-    """What was found, for a README."""
-    ceilings = found["ceilings"]
-    lines = [
-        f"{found['hardware']}, {found['dtype']}, {found['threads']} thread(s): "
-        f"{ceilings['flops'] / 1e9:,.0f} G operations/s, {ceilings['bandwidth'] / 1e9:,.1f} GB/s",
-        "",
-        "| shape | kernel | G operations | MB | floor ms | measured ms | measured / floor |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found["kernels"]:
-        lines.append(
-            f"| {row['shape']} | {row['kernel']} | {row['flops'] / 1e9:,.2f} | {row['bytes'] / 1e6:,.1f} | "
-            f"{row['floor_seconds'] * 1e3:,.2f} | {row['seconds'] * 1e3:,.2f} | {row['over_floor']:.2f} |"
-        )
-    lines += ["", "| shape | step | T operations | GB | operations s | bytes s |", "|---|---|---|---|---|---|"]
-    for row in found["steps"]:
-        lines.append(
-            f"| {row['shape']} | {row['step']} | {row['flops'] / 1e12:,.3f} | {row['bytes'] / 1e9:,.2f} | "
-            f"{row['flops_seconds']:,.4g} | {row['bytes_seconds']:,.4g} |"
-        )
-    return "\n".join(lines)
+        for step, work in steps(shape, itemsize):
+            sizes = f"{work.flops / 1e12:,.3f}", f"{work.bytes / 1e9:,.2f}"
+            cells.append((name, step, *sizes, *(f"{seconds:,.4g}" for seconds in work.floors(ceilings))))
+    print("\n" + harness.table(("shape", "step", "T operations", "GB", "operations s", "bytes s"), cells))
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, FOLDER)
     add = parser.add_argument
-    add("--short", action="store_true", help="small sizes, seconds in all: that it runs, not what it measures")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32", choices=("float32", "bfloat16"))
     add("--shapes", nargs="+", default=["Llama-3.2-1B"], choices=tuple(counts.SHAPES))
     add("--backend", default="auto", help="of the training attention, as attention= of a run")
@@ -227,16 +185,14 @@ def main() -> None:
     add("--rows", type=int, default=512, help="of matrix products and of the loss")
     add("--live", type=int, default=4096, help="live slots a head when decoding")
     add("--batch", type=int, nargs="+", default=[1, 8], help="sequences when decoding")
-    add("--out", type=Path)
+    add("--rounds", type=int, default=7)
     args = parser.parse_args()
     if args.short:
-        args.tokens, args.rows, args.live, args.batch = 256, 16, 256, [2]
-    found = measure(args)
-    path = args.out or (Path("runs/benchmarks/floors.json") if args.short else FOLDER / "results.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print(tables(found))
-    print(f"\nresults: {path}")
+        args.tokens, args.rows, args.live, args.batch, args.rounds = 256, 16, 2048, [2], 5
+    ceilings = measured_ceilings(args.device, getattr(torch, args.dtype), args.short, args.rounds)
+    rows = measure(args, ceilings)
+    print_tables(rows, ceilings, getattr(torch, args.dtype).itemsize)
+    harness.write(harness.out(args), rows, args.device, dtype=args.dtype, ceilings=asdict(ceilings))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""Time of the training attention on a GPU: python measure.py time|tiles|floors [options]
+"""Time of the training attention: python -m experiments.benchmarks.training_attention.measure [time|tiles|floors]
 
-time    `triton` against compiled FlexAttention on the same decisions, and against the dense causal attentions of torch,
-        which know none: forward, and forward and backward; contestants take turns. What is wrong is not timed: outputs and
-        gradients first have to err at most twice as much as plain bfloat16 does
+time    on a GPU `triton` against compiled FlexAttention on the same decisions, and against the dense causal attentions of
+        torch, which know none: forward, and forward and backward; contestants take turns. What is wrong is not timed:
+        outputs and gradients first have to err at most twice as much as plain bfloat16 does
 tiles   the candidates of `kernels.tiles` against each other
 floors  operations and bytes of the real shapes, by arithmetic
 
---short runs all of it on tiny shapes and, without a GPU, on the backends that a CPU has: it says nothing about speed.
-Writes what was measured, with machine, versions and revision, to --out.
+On a CPU, which has the short form alone, `chunked` is held against dense attention in float32, and the kernels' errors are
+checked on 40 tokens through the interpreter.
 """
 
 import argparse
+import functools
 import gc
-import json
+import itertools
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,33 +26,35 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import torch.nn.functional as F
-import triton
-from shapes import SHAPES, TINY, Shape, causal_pairs, floor_rows, operations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dms_lab.attention.kernels import tiles as kernel_tiles
 from dms_lab.attention.kernels.relaxed import Scoring, relaxed_attention
 from dms_lab.attention.soft import soft_attention
+from experiments.benchmarks import counts, harness
 
 HERE = Path(__file__).parent
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # of what is timed
 DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-CONTESTANTS = ("triton", "flex", "cudnn", "flash") if CUDA else ("triton", "chunked", "math")
+CONTESTANTS = ("triton", "flex", "cudnn", "flash") if CUDA else ("chunked", "flash")
+SHAPES = counts.SHAPES | {"tiny": counts.TINY}
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Case:
     """Inputs of one layer, one sequence: bfloat16 tensors, decisions that leave one of `ratio` keys, a cotangent."""
 
-    def __init__(self, shape: Shape, num_tokens: int, ratio: float, window: int, num_documents: int = 1) -> None:
-        g = torch.Generator().manual_seed(0)
-        self.shape, self.num_tokens, self.ratio, self.window = shape, num_tokens, ratio, window
+    def __init__(self, name: str, num_tokens: int, ratio: float, window: int, num_documents: int = 1) -> None:
+        g, shape = torch.Generator().manual_seed(0), SHAPES[name]
+        self.name = f"{name}, {num_tokens:,} tokens in {num_documents} document(s), 1/{ratio:g} of the far keys"
+        self.shape, self.window = shape, window
 
         def draw(num_heads: int) -> Tensor:
             # As a model gives them: [B, T, heads, D], transposed.
-            return torch.randn(1, num_tokens, num_heads, shape.width, generator=g).bfloat16().to(DEVICE).transpose(1, 2)
+            return torch.randn(1, num_tokens, num_heads, shape.head_dim, generator=g).bfloat16().to(DEVICE).transpose(1, 2)
 
         self.query, self.cotangent = draw(shape.num_heads), draw(shape.num_heads)
         self.key, self.value = draw(shape.num_kv_heads), draw(shape.num_kv_heads)
@@ -66,14 +66,14 @@ class Case:
             position = torch.arange(num_tokens, device=DEVICE)[None]
             self.document = position * num_documents // num_tokens
 
-    def tensors(self, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+    def tensors(self, dtype: torch.dtype = DTYPE) -> list[Tensor]:
         """Fresh leaves: query, key, value of `dtype`, and log_keep."""
         values = [x.detach().to(dtype) for x in (self.query, self.key, self.value)] + [self.log_keep.clone()]
         return [x.requires_grad_() for x in values]
 
     def attention(self, name: str, tiles: kernel_tiles.Tiles | None = None) -> Attention:
         """The contestant as a function of the tensors; dense ones ignore the decisions and the documents."""
-        scaling = self.shape.width**-0.5
+        scaling = self.shape.head_dim**-0.5
         if name == "triton":
             scoring = Scoring(self.window, scaling, tiles=tiles)
             return lambda q, k, v, keep: relaxed_attention(q, k, v, keep, self.document, None, scoring)
@@ -88,22 +88,22 @@ def _dense(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, scali
 
 
 # -- correctness -------------------------------------------------------------------------------------------------------
-def check(shape: Shape, num_tokens: int, window: int) -> dict:
+def check(name: str, num_tokens: int, window: int) -> dict[str, float]:
     """How much more than plain bfloat16 the kernels err against float32, of output and gradients; raises above 2."""
-    case = Case(shape, num_tokens, 3.0, window, num_documents=2)
+    case = Case(name, num_tokens, 3.0, window, num_documents=2)
     case.log_keep = -torch.rand_like(case.log_keep) * 8  # soft decisions, so that their gradients are not 0
     exact, plain, found = (
         _results(case, name, dtype)
         for name, dtype in (("reference", torch.float32), ("reference", torch.bfloat16), ("triton", torch.bfloat16))
     )
     worst = {}
-    for name, want, naive, got in zip(("output", "dq", "dk", "dv", "dlog_keep"), exact, plain, found, strict=True):
+    for what, want, naive, got in zip(("output", "dq", "dk", "dv", "dlog_keep"), exact, plain, found, strict=True):
         allowed = 2 * (naive - want).abs().max() + torch.finfo(torch.bfloat16).eps * want.abs().max()
         error = (got - want).abs().max()
         if not error <= allowed:
-            raise SystemExit(f"{shape.name}: {name} errs by {error:.2e}, twice plain bfloat16 would be {allowed:.2e}")
-        worst[name] = round(float(error / (naive - want).abs().max()), 3)
-    return {"kind": "check", "shape": shape.name, "tokens": num_tokens, "error_of_plain_bfloat16": worst}
+            raise SystemExit(f"{name}: {what} errs by {error:.2e}, twice plain bfloat16 would be {allowed:.2e}")
+        worst[what] = round(float(error / (naive - want).abs().max()), 3)
+    return worst
 
 
 def _results(case: Case, name: str, dtype: torch.dtype) -> list[Tensor]:
@@ -114,153 +114,122 @@ def _results(case: Case, name: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 # -- time --------------------------------------------------------------------------------------------------------------
-def compete(case: Case, attentions: dict[str, Attention], rounds: int) -> list[dict]:
-    """Milliseconds of every contestant's forward, and of its forward and backward, in turns; out of memory is said so."""
-    times: dict[str, dict[str, list[float]]] = {name: {"forward_ms": [], "both_ms": []} for name in attentions}
-    failed = {}
-    for turn in range(-2, rounds):  # two turns to compile and to warm up
-        for name, attention in attentions.items():
-            if name in failed:
-                continue
-            try:
-                forward, both = _run(case, attention)
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                failed[name] = str(error).splitlines()[0]
-                gc.collect()
-                continue
-            if turn >= 0:
-                times[name]["forward_ms"].append(round(forward, 4))
-                times[name]["both_ms"].append(round(both, 4))
-    place = {"shape": case.shape.name, "tokens": case.num_tokens, "ratio": case.ratio, "window": case.window}
-    place["documents"] = 1 if case.document is None else int(case.document.max()) + 1
-    return [
-        {"kind": "time", "name": name} | place | (times[name] if name not in failed else {"failed": failed[name]})
-        for name in attentions
-    ]
-
-
-def _run(case: Case, attention: Attention) -> tuple[float, float]:
-    """Milliseconds of a forward, and of it with its backward."""
-    tensors = case.tensors()
-    marks = [_now()]
-    output = attention(*tensors)
-    marks.append(_now())
-    output.backward(case.cotangent.to(output.dtype))
-    marks.append(_now())
-    if CUDA:
-        torch.cuda.synchronize()
-        return marks[0].elapsed_time(marks[1]), marks[0].elapsed_time(marks[2])
-    return 1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[0])
-
-
-def _now():
-    if not CUDA:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def measure(args: argparse.Namespace) -> list[dict]:
-    """Checks every shape, then times every contest."""
-    rows = [check(shape, args.check_tokens, args.window) for shape in args.shapes]
-    for shape in args.shapes:
-        for num_tokens in args.tokens:
-            for ratio in args.ratios:
-                for num_documents in args.documents:
-                    case = Case(shape, num_tokens, ratio, args.window, num_documents)
-                    rows += compete(case, {name: case.attention(name) for name in CONTESTANTS}, args.rounds)
-                    del case
-                    gc.collect()
-    print_times(rows)
-    return rows
-
-
-def measure_tiles(args: argparse.Namespace) -> list[dict]:
-    """Times the candidate tiles of every shape."""
+def compete(case: Case, attentions: dict[str, Attention], rounds: int) -> list[harness.Row]:
+    """Forward, and forward and backward, in turns; ratios are to the last. Who fails is named and left out."""
+    dense = list(attentions)[-1]
+    able = {name: attention for name, attention in attentions.items() if _is_able(case, name, attention)}
     rows = []
-    for shape in args.shapes:
-        choices = kernel_tiles.candidates(shape.width, torch.bfloat16)
-        if args.short:
-            small = kernel_tiles.Tile(16, 16)
-            choices = [kernel_tiles.Tiles(small, small, small)]
-        for num_tokens in args.tokens:
-            for ratio in args.ratios:
-                case = Case(shape, num_tokens, ratio, args.window)
-                rows += compete(case, {str(n): case.attention("triton", c) for n, c in enumerate(choices)}, args.rounds)
-    print_times(rows)
+    for part, run in (("forward", _forward), ("forward and backward", _both)):
+        calls = {name: functools.partial(run, case, attention) for name, attention in able.items()}
+        times = harness.take_turns(calls, rounds, DEVICE, warm_up=2)
+        rows += [harness.Row(f"{part}, {case.name}", name, taken, dense) for name, taken in times.items()]
     return rows
 
 
-# -- tables and notes --------------------------------------------------------------------------------------------------
-def print_table(head: tuple[str, ...], rows) -> None:
-    """A Markdown table."""
-    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
-    for row in rows:
-        print("| " + " | ".join(str(cell) for cell in row) + " |")
+def _is_able(case: Case, name: str, attention: Attention) -> bool:
+    """Whether a contestant gets through one step: the memory may be too small for it, or the GPU of another kind."""
+    try:
+        _both(case, attention)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        print(f"{name} is left out of {case.name}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    finally:
+        gc.collect()
+    return True
 
 
-def print_times(rows: list[dict]) -> None:
-    """Medians, and forward and backward against the best dense attention of the same case."""
-    head = ("shape", "tokens", "keys left", "documents", "name", "forward ms", "both ms", "of best dense", "TFLOP/s")
-    timed = [row for row in rows if row["kind"] == "time"]
-    keys = ("shape", "tokens", "ratio", "documents")
-    cells = []
-    for row in timed:
-        place = [row["shape"], row["tokens"], f"1/{row['ratio']:g}", row["documents"], row["name"]]
-        if "failed" in row:
-            cells.append([*place, row["failed"], "", "", ""])
-            continue
-        rivals = [r for r in timed if r["name"] in DENSE and "both_ms" in r and all(r[k] == row[k] for k in keys)]
-        both = statistics.median(row["both_ms"])
-        best = min((statistics.median(r["both_ms"]) for r in rivals), default=None)
-        shape = next(s for s in (*SHAPES, TINY) if s.name == row["shape"])
-        dense = operations(shape, causal_pairs(row["tokens"]), 5)  # what a dense attention without documents has to do
-        rate = f"{dense / both / 1e9:.0f}" if row["name"] in DENSE else ""
-        ratio = "" if best is None else f"{both / best:.2f}"
-        cells.append([*place, f"{statistics.median(row['forward_ms']):.3f}", f"{both:.3f}", ratio, rate])
-    print_table(head, cells)
+def _forward(case: Case, attention: Attention) -> None:
+    attention(*case.tensors())
 
 
-def print_floors(args: argparse.Namespace) -> list[dict]:
-    """The floors of the real shapes, whatever is measured."""
+def _both(case: Case, attention: Attention) -> None:
+    output = attention(*case.tensors())
+    output.backward(case.cotangent.to(output.dtype))
+
+
+def measure(args: argparse.Namespace) -> list[harness.Row]:
+    """Checks every shape, then times every contest."""
+    for name in args.shapes if CUDA else ("tiny",):
+        print(name, check(name, 2048 if CUDA else 40, args.window if CUDA else 8))
+    rows = []
+    for name, num_tokens, ratio, num_documents in itertools.product(args.shapes, args.tokens, args.ratios, args.documents):
+        case = Case(name, num_tokens, ratio, args.window, num_documents)
+        rows += compete(case, {rival: case.attention(rival) for rival in args.contestants}, args.rounds)
+        del case
+        gc.collect()
+    return rows
+
+
+def measure_tiles(args: argparse.Namespace) -> list[harness.Row]:
+    """Times the candidate tiles of every shape against the default."""
+    rows = []
+    for name, num_tokens, ratio in itertools.product(args.shapes, args.tokens, args.ratios):
+        case = Case(name, num_tokens, ratio, args.window)
+        choices = kernel_tiles.candidates(case.shape.head_dim, torch.bfloat16)
+        rows += compete(
+            case, {f"tiles {n}": case.attention("triton", c) for n, c in reversed([*enumerate(choices)])}, args.rounds
+        )
+    return rows
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+def print_times(rows: list[harness.Row]) -> None:
+    """Medians, and what they are of the dense contestant's."""
+    ratios = harness.ratios(rows)
+    head = ("what", "contestant", "ms", "of dense")
+    cells = [
+        (row.case, row.name, f"{1e3 * statistics.median(row.values):.3f}", f"{ratios.get((row.case, row.name), 1.0):.2f}")
+        for row in rows
+    ]
+    print(harness.table(head, cells))
+
+
+def print_floors(args: argparse.Namespace) -> list[harness.Row]:
+    """Operations and bytes of a forward and a backward of the real shapes, whatever is measured."""
     head = ("shape", "tokens", "attention", "TFLOP", "ms at peak", "MB", "ms at peak", "of dense operations")
-    print_table(head, floor_rows(args.window, (1, 2, 4, 8), (8192, 32768)))
+    cells = []
+    for name, shape in counts.SHAPES.items():
+        for num_tokens in (8192, 32768):
+            dense = _least(shape, num_tokens, None, 5)
+            cases = [("dense, one backward pass", dense)]
+            for ratio in (1, 2, 4, 8):
+                pairs = counts.visible_pairs(num_tokens, args.window, 1 / ratio)
+                cases.append((f"two passes, 1/{ratio} of the far keys", _least(shape, num_tokens, pairs, 7)))
+            for what, work in cases:
+                arithmetic, memory = (1e3 * seconds for seconds in work.floors(counts.H100))
+                sizes = (f"{work.flops / 1e12:.2f}", f"{arithmetic:.2f}", f"{work.bytes / 1e6:.0f}", f"{memory:.3f}")
+                cells.append((name, num_tokens, what, *sizes, f"{work.flops / dense.flops:.2f}"))
+    print(harness.table(head, cells))
     return []
 
 
-def describe() -> dict:
-    """Machine, versions, revision."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    revision = subprocess.run(words, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    device = torch.cuda.get_device_name() if CUDA else f"{platform.machine()}, {os.cpu_count()} cores, interpreter"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    return {"device": device, "cuda": torch.version.cuda, **versions, "revision": revision}
+def _least(shape: counts.Shape, num_tokens: int, pairs: float | None, products: int) -> counts.Work:
+    forward = counts.attention_forward(shape, 1, num_tokens, 2, pairs=pairs)
+    return forward + counts.attention_backward(shape, 1, num_tokens, 2, pairs=pairs, products=products)
 
 
 def main() -> None:
     """Runs one command and writes what it measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, HERE)
     commands = {"time": measure, "tiles": measure_tiles, "floors": print_floors}
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=commands, nargs="?", default="time")
+    parser.add_argument("--shapes", nargs="+", default=[*counts.SHAPES], choices=SHAPES)
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768])
-    parser.add_argument(
-        "--ratios", type=float, nargs="+", default=[1, 8], help="one of so many keys beyond the window is left"
-    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[1, 8], help="of so many far keys one is left")
     parser.add_argument("--documents", type=int, nargs="+", default=[1, 8], help="packed into a sequence")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--short", action="store_true", help="tiny shapes, one round")
-    parser.add_argument("--out", type=Path, default=HERE / "results.json")
+    parser.add_argument("--contestants", nargs="+", default=CONTESTANTS, help="of time; ratios are to the last of them")
+    if "--short" in sys.argv:
+        short = {"shapes": ["Llama-3.2-1B"], "tokens": [512], "documents": [1], "window": 64, "rounds": 5}
+        parser.set_defaults(**short)
     args = parser.parse_args()
-    args.shapes, args.check_tokens = SHAPES, 2048
-    if args.short:
-        args.shapes, args.check_tokens, args.tokens, args.window, args.rounds = (TINY,), 40, [48], 8, 1
-    elif not CUDA and args.command != "floors":
-        sys.exit("no CUDA device is here: the interpreter would take days; use --short, or the command floors")
+    if not CUDA and not args.short and args.command != "floors":
+        parser.error("no CUDA device is here: 32k tokens would take days; use --short, or the command floors")
     rows = commands[args.command](args)
     if rows:
-        args.out.write_text(json.dumps(describe() | {"rows": rows}, indent=1) + "\n")
+        print_times(rows)
+        harness.write(harness.out(args), rows, DEVICE, dtype=str(DTYPE).removeprefix("torch."))
 
 
 if __name__ == "__main__":

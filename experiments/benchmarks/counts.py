@@ -1,6 +1,6 @@
-"""The least that each kernel and each whole step computes and moves, by the sizes of the model: operations and bytes.
+"""Count first: the least that each kernel and each whole step computes and moves, by the sizes of the model.
 
-    Shape, batch, tokens -> Work(flops, bytes) of one layer's kernel -> sums of a step -> floor on a machine's ceilings
+    Shape, batch, tokens -> Work(flops, bytes) of one layer's kernel -> sums of a step -> floors on a machine's ceilings
 
 A multiplication and an addition are two operations. Bytes: every input read once, every output written once, nothing kept
 in a cache between kernels. Exponentials, norms and the like are left out of the operations: they are no matrix products.
@@ -63,23 +63,36 @@ SHAPES = {
     "Qwen-R1-7B": Shape(28, 3584, 18944, 28, 4, 128, 152064),
     "Qwen3-8B": Shape(36, 4096, 12288, 32, 8, 128, 151936),
 }
+TINY = Shape(2, 32, 64, 2, 1, 16, 128)  # for what has to run, whatever it takes
+H100 = Ceilings(989e12, 3.35e12)  # an H100 SXM5 in dense bfloat16 by its data sheet, which no kernel reaches
 
 
 # -- attention of one layer ----------------------------------------------------------------------------------------------
-def attention_forward(shape: Shape, batch: int, num_tokens: int, itemsize: int, relaxed: bool = True) -> Work:
-    """Causal attention of T tokens with themselves; `relaxed`: with a bias a key, as in training."""
-    pairs = batch * shape.num_heads * num_tokens * (num_tokens + 1) / 2
+def attention_forward(
+    shape: Shape, batch: int, num_tokens: int, itemsize: int, relaxed: bool = True, pairs: float | None = None
+) -> Work:
+    """Causal attention of T tokens, `pairs` a head if not all; `relaxed`: with a bias a key, as in training."""
+    pairs = batch * shape.num_heads * (num_tokens * (num_tokens + 1) / 2 if pairs is None else pairs)
     return Work(2 * 2 * shape.head_dim * pairs, _tensors(shape, batch, num_tokens, itemsize, 2, 2, relaxed))
 
 
-def attention_backward(shape: Shape, batch: int, num_tokens: int, itemsize: int, relaxed: bool = True) -> Work:
+def attention_backward(
+    shape: Shape,
+    batch: int,
+    num_tokens: int,
+    itemsize: int,
+    relaxed: bool = True,
+    pairs: float | None = None,
+    products: int = 5,
+) -> Work:
     """Its gradients: scores once more, then those of probabilities, values, queries and keys, five products.
 
+    `products=7`: in two passes without atomics, which compute the first two twice. `pairs` of a head, if not all.
     Read: query, key, value, output, its gradient, log-sum-exp, bias; written: the gradients of query, key, value and bias.
     """
-    pairs = batch * shape.num_heads * num_tokens * (num_tokens + 1) / 2
+    pairs = batch * shape.num_heads * (num_tokens * (num_tokens + 1) / 2 if pairs is None else pairs)
     biases = FLOAT * batch * shape.num_kv_heads * num_tokens if relaxed else 0
-    return Work(5 * 2 * shape.head_dim * pairs, _tensors(shape, batch, num_tokens, itemsize, 4, 4, relaxed) + biases)
+    return Work(products * 2 * shape.head_dim * pairs, _tensors(shape, batch, num_tokens, itemsize, 4, 4, relaxed) + biases)
 
 
 def _tensors(shape: Shape, batch: int, num_tokens: int, itemsize: int, wide: int, narrow: int, relaxed: bool) -> float:
@@ -91,7 +104,8 @@ def _tensors(shape: Shape, batch: int, num_tokens: int, itemsize: int, wide: int
 
 def visible_pairs(num_tokens: int, window: int, kept_share: float) -> float:
     """Pairs of a head in which the key is visible: all within the window, of the older keys the share that was kept."""
-    inside = sum(min(i + 1, window) for i in range(min(num_tokens, window))) + window * max(0, num_tokens - window)
+    window = min(window, num_tokens)
+    inside = window * (window + 1) / 2 + window * (num_tokens - window)
     return inside + kept_share * (num_tokens * (num_tokens + 1) / 2 - inside)
 
 
@@ -99,8 +113,8 @@ def prefill_attention(
     shape: Shape, batch: int, num_tokens: int, itemsize: int, window: int = 256, kept_share: float = 1.0
 ) -> Work:
     """A prompt's attention with hard decisions, if no pair of an evicted key were computed."""
-    pairs = batch * shape.num_heads * visible_pairs(num_tokens, window, kept_share)
-    return Work(4 * shape.head_dim * pairs, _tensors(shape, batch, num_tokens, itemsize, 2, 2, False))
+    pairs = visible_pairs(num_tokens, window, kept_share)
+    return attention_forward(shape, batch, num_tokens, itemsize, False, pairs)
 
 
 def decode_attention(shape: Shape, batch: int, live_tokens: float, itemsize: int) -> Work:

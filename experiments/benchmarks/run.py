@@ -1,0 +1,43 @@
+"""Every benchmark in its short form: python -m experiments.benchmarks.run [names] [--folder runs/benchmarks]
+
+Each in a process of its own, one after the other; writes <folder>/<name>/results.json, by default beside the benchmark.
+A benchmark that fails takes no other with it, and makes the exit status 1.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.benchmarks import harness
+
+HERE = Path(__file__).parent
+COMMANDS = {
+    "floors": ["floors.measure"],
+    "training_attention": ["training_attention.measure"],
+    "decode_cpu": ["decode_cpu.short"],
+    "growth": ["growth.measure"],
+}
+
+
+def main() -> int:
+    """Runs what was asked for; the number of benchmarks that failed, at most 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], *COMMANDS], metavar="name", help=", ".join(COMMANDS))
+    parser.add_argument("--folder", type=Path, default=HERE)
+    args = parser.parse_args()
+    failed = []
+    for name in args.names or COMMANDS:
+        module, *words = COMMANDS[name]
+        out = args.folder.absolute() / name / harness.RESULTS
+        print(f"\n== {name}", flush=True)
+        command = [sys.executable, "-m", f"experiments.benchmarks.{module}", *words, "--short", "--out", str(out)]
+        if subprocess.run(command, cwd=harness.ROOT).returncode:
+            failed.append(name)
+    for name in failed:
+        print(f"error: {name} failed, see above", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
