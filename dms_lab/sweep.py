@@ -136,8 +136,10 @@ def _status(asked: argparse.Namespace, sweep, points) -> int:
 def _collect(asked: argparse.Namespace, sweep, points) -> int:
     from dms_lab.sweeping.collect import collect
 
-    num_rows, missing = collect(sweep, points)
+    num_rows, kept, missing = collect(sweep, points)
     print(f"{sweep.results}: {num_rows} rows of {len(points) - len(missing)} points")
+    if kept:
+        print(f"{len(kept)} of these points have no finished run here; their rows are those of before", file=sys.stderr)
     for point in missing:
         print(f"missing: {point.name} ({' '.join(point.overrides)})", file=sys.stderr)
     return int(asked.strict and bool(missing))

@@ -245,19 +245,30 @@ def test_a_sweep_s_results_are_collected_first_and_its_variants_told_apart(sweep
     assert len(list((folder / "figures").glob("retention-*.png"))) == 2
 
 
-def test_results_of_another_machine_are_not_overwritten_with_fewer(sweep):
+def test_results_of_another_machine_are_not_lost(sweep):
     folder, points = sweep
     assert sources.origin_of([folder]).notices == ()
-    before = (folder / "results.csv").read_bytes()
+    before = sources.load(sources.origin_of([folder]))
     shutil.rmtree(points[0].folder)
-    (notice,) = sources.origin_of([folder]).notices
-    assert "is used as it is: 1 of its 2 runs are not done on this machine" in notice
-    assert (folder / "results.csv").read_bytes() == before
-    shutil.rmtree("runs")
     origin = sources.origin_of([folder])
-    assert "2 of its 2 runs are not done on this machine" in origin.notices[0]
+    assert origin.notices == ()
+    columns = ["method", "variant", "accuracy"]
+    assert sorted(sources.load(origin)[columns].values.tolist()) == sorted(before[columns].values.tolist())
+    shutil.rmtree("runs")
+    written = (folder / "results.csv").read_bytes()
+    assert len(sources.load(sources.origin_of([folder]))) == 3
+    assert (folder / "results.csv").read_bytes() == written
+
+
+def test_results_of_runs_that_the_sweep_no_longer_has_are_not_dropped_unasked(sweep):
+    folder, _ = sweep
+    assert sources.origin_of([folder]).notices == ()
+    before = (folder / "results.csv").read_bytes()
+    sweep_file = folder / "sweep.yaml"
+    sweep_file.write_text(sweep_file.read_text().replace("window=4,8", "window=8"))
+    (notice,) = sources.origin_of([folder]).notices
+    assert "is used as it is: 1 of its 2 runs are no points of sweep.yaml" in notice
     assert (folder / "results.csv").read_bytes() == before
-    assert len(sources.load(origin)) == 3
 
 
 def test_a_sweep_with_points_to_come_is_shown_as_far_as_it_is(sweep):

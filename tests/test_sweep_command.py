@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -397,6 +398,27 @@ def test_collect_has_every_row_once_the_last_of_equals_and_names_what_is_missing
     assert main(["collect", str(folder), "--strict"]) == 1
     finish(points[3])
     assert main(["collect", str(folder), "--strict"]) == 0
+
+
+def test_collect_keeps_the_rows_of_points_whose_runs_are_no_longer_here(working_folder, capsys):
+    folder = write_sweep([*TINY, "seed=0,1,2"])
+    first, second, _ = points_of(folder)
+    finish(first, row_of(first), row_of(first, method="full", target_cr=1.0, window=None, accuracy=0.25))
+    assert main(["collect", str(folder)]) == 0
+    shutil.rmtree(first.folder)
+    finish(second, row_of(second, accuracy=0.75), row_of(second, method="full", target_cr=1.0, window=None, seed=0))
+    capsys.readouterr()
+    assert main(["collect", str(folder), "--strict"]) == 1
+    told = capsys.readouterr()
+    assert "3 rows of 2 points" in told.out
+    assert "1 of these points have no finished run here" in told.err
+    assert told.err.count("missing:") == 1
+    frame = results.load(folder / "results.csv")
+    assert list(zip(frame.method, frame.seed, frame.accuracy, strict=True)) == [
+        ("dms", 0, 0.5),
+        ("full", 0, 0.5),  # measured anew
+        ("dms", 1, 0.75),
+    ]
 
 
 def test_collect_takes_of_a_run_s_folder_what_this_sweep_asked_for(working_folder):

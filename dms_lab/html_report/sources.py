@@ -71,17 +71,17 @@ def _refresh(sweep: SweepConfig, points: "Sequence[Point]") -> list[str]:
     from dms_lab.sweeping.collect import collect
     from dms_lab.sweeping.state import is_done
 
-    done = {Path(point.folder).name for point in points if is_done(point)}
+    done = [point for point in points if is_done(point)]
     known = set(results.load(sweep.results)["run_id"]) if sweep.results.is_file() else set()
-    elsewhere = known - done
-    if elsewhere:
+    foreign = known - {Path(point.folder).name for point in points}
+    if done and foreign:
         return [
-            f"{sweep.results} is used as it is: {len(elsewhere)} of its {len(known)} runs are not done on this machine; "
-            f"python -m dms_lab.sweep collect {sweep.folder} writes it from what is here"
+            f"{sweep.results} is used as it is: {len(foreign)} of its {len(known)} runs are no points of sweep.yaml; "
+            f"python -m dms_lab.sweep collect {sweep.folder} writes it without them"
         ]
     if not done:
         return []
-    _, missing = collect(sweep, points)
+    missing = collect(sweep, points).missing
     return [f"{len(missing)} of {len(points)} points of {sweep.name} are not done yet"] if missing else []
 
 

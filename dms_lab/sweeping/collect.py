@@ -1,9 +1,13 @@
-"""The results of a sweep in one file that can be committed: `results.csv` beside its `sweep.yaml`."""
+"""The results of a sweep in one file that can be committed: `results.csv` beside its `sweep.yaml`.
+
+A sweep may be computed on several machines, or over more time than a disk keeps its runs: rows that the file has of points
+whose runs are not here stay in it.
+"""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dms_lab.config import RIVALS
 from dms_lab.evaluation.evaluated import digests, rows_of
@@ -18,8 +22,16 @@ UNTRAINED = ("full", *RIVALS)
 _ABOUT = "model method task target_cr seed width max_tokens sampling_seeds settings run_id config_hash variant".split()
 
 
-def collect(sweep: SweepConfig, points: Sequence[Point]) -> tuple[int, list[Point]]:
-    """Writes every row of the points that are done once, the last of equals; returns how many, and the points missing.
+class Collected(NamedTuple):
+    """How many rows there are now; of the points without a finished run here those with earlier rows, and those without."""
+
+    num_rows: int
+    kept: list[Point]
+    missing: list[Point]
+
+
+def collect(sweep: SweepConfig, points: Sequence[Point]) -> Collected:
+    """Writes every row of the points that are done once, the last of equals, beside rows collected before of other points.
 
     A run's folder is shared by every sweep that has the run: of its rows those count that this sweep asked for. Methods
     without training know nothing of the run beside which they were measured, so of those with the same seed, target and
@@ -32,7 +44,9 @@ def collect(sweep: SweepConfig, points: Sequence[Point]) -> tuple[int, list[Poin
     done = [point for point in points if is_done(point)]
     if not done:
         raise ValueError(f"no point of {sweep.name} is done yet; ask for its status")
-    found: dict[str, dict[str, Any]] = {}
+    kept = [point for point in points if point not in done]
+    before = _rows_before(sweep, kept)
+    found = {_about(row): row for row in before}
     for point in done:
         path = Path(point.folder) / results.RESULTS
         if not path.is_file():  # with eval_after=false
@@ -44,7 +58,19 @@ def collect(sweep: SweepConfig, points: Sequence[Point]) -> tuple[int, list[Poin
             row["variant"] = "" if row["method"] in UNTRAINED else point.variant
             found[_about(row)] = row
     results.save_csv(pd.DataFrame(list(found.values())), sweep.results)
-    return len(found), [point for point in points if point not in done]
+    known = {row["run_id"] for row in before}
+    missing = [point for point in kept if Path(point.folder).name not in known]
+    return Collected(len(found), [point for point in kept if point not in missing], missing)
+
+
+def _rows_before(sweep: SweepConfig, points: Sequence[Point]) -> list[dict[str, Any]]:
+    """The rows of these points in the `results.csv` that is there."""
+    from dms_lab import results
+
+    if not sweep.results.is_file():
+        return []
+    names = {Path(point.folder).name for point in points}
+    return [row for row in results.load(sweep.results).to_dict("records") if row["run_id"] in names]
 
 
 def rows_asked(point: Point) -> set[str]:
