@@ -134,14 +134,14 @@ def decoding(shape: counts.Shape, batch: int, live: int, device: torch.device, d
     return without_gradient(lambda: paged.decode(query, slots, Scores(width**-0.5)))
 
 
-def steps(shape: counts.Shape, itemsize: int) -> Iterator[tuple[str, counts.Work]]:
-    """Whole steps: training on 4k and 32k tokens, decoding one to 32 sequences of 1k to 40k, at full and an eighth."""
-    yield "training step, 32k tokens, predictors", counts.training_step(shape, 1, 32768, itemsize, "adapter")
-    yield "training step, 4k tokens, all weights", counts.training_step(shape, 1, 4096, itemsize, "all")
+def steps(shape: counts.Shape, itemsize: int) -> Iterator[tuple[str, int, counts.Work]]:
+    """Whole steps and the tokens of each: training on 4k and 32k, decoding one to 32 sequences of 1k to 40k, CR 1 and 8."""
+    yield "training, 32k tokens, predictors", 32768, counts.training_step(shape, 1, 32768, itemsize, "adapter")
+    yield "training, 4k tokens, all weights", 4096, counts.training_step(shape, 1, 4096, itemsize, "all")
     for context, batch in ((1024, 1), (8192, 8), (32768, 32), (40960, 8)):
         for cr in (1, 8):
             work = counts.decode_step(shape, batch, context / cr, itemsize)
-            yield f"decoding step, {context:,} tokens x {batch}, CR {cr}", work
+            yield f"decoding, {context:,} tokens x {batch}, CR {cr}", batch, work
 
 
 def measure(args: argparse.Namespace, ceilings: counts.Ceilings) -> list[harness.Row]:
@@ -156,8 +156,8 @@ def measure(args: argparse.Namespace, ceilings: counts.Ceilings) -> list[harness
     return rows
 
 
-def print_tables(rows: Sequence[harness.Row], ceilings: counts.Ceilings, itemsize: int) -> None:
-    """What was measured, and the floors of whole steps, as Markdown."""
+def print_kernels(rows: Sequence[harness.Row], ceilings: counts.Ceilings) -> None:
+    """What was measured beside its floors, as Markdown."""
     print(f"{ceilings.flops / 1e9:,.0f} G operations/s, {ceilings.bandwidth / 1e9:,.1f} GB/s\n")
     ratios, cells = harness.ratios(rows), []
     for row in rows:
@@ -166,12 +166,18 @@ def print_tables(rows: Sequence[harness.Row], ceilings: counts.Ceilings, itemsiz
             sizes = f"{work.flops / 1e9:,.2f}", f"{work.bytes / 1e6:,.1f}", f"{max(work.floors(ceilings)) * 1e3:,.2f}"
             cells.append((row.case, *sizes, f"{taken * 1e3:,.2f}", f"{ratios[row.case, row.name]:.2f}"))
     print(harness.table(("kernel", "G operations", "MB", "floor ms", "measured ms", "measured / floor"), cells))
+
+
+def print_steps(ceilings: counts.Ceilings, itemsize: int) -> None:
+    """The floors of whole steps, and the tokens a second that no program exceeds, as Markdown."""
+    head = ("shape", "step", "T operations", "GB", "operations ms", "bytes ms", "tokens/s at most")
     cells = []
     for name, shape in counts.SHAPES.items():
-        for step, work in steps(shape, itemsize):
-            sizes = f"{work.flops / 1e12:,.3f}", f"{work.bytes / 1e9:,.2f}"
-            cells.append((name, step, *sizes, *(f"{seconds:,.4g}" for seconds in work.floors(ceilings))))
-    print("\n" + harness.table(("shape", "step", "T operations", "GB", "operations s", "bytes s"), cells))
+        for step, tokens, work in steps(shape, itemsize):
+            floors = work.floors(ceilings)
+            cell = [name, step, f"{work.flops / 1e12:,.3f}", f"{work.bytes / 1e9:,.2f}"]
+            cells.append([*cell, *(f"{1e3 * least:,.3g}" for least in floors), f"{tokens / max(floors):,.0f}"])
+    print("\n" + harness.table(head, cells))
 
 
 def main() -> None:
@@ -186,12 +192,17 @@ def main() -> None:
     add("--live", type=int, default=4096, help="live slots a head when decoding")
     add("--batch", type=int, nargs="+", default=[1, 8], help="sequences when decoding")
     add("--rounds", type=int, default=7)
+    add("--count", action="store_true", help="measure nothing: floors of steps on an H100 as in its data sheet")
     args = parser.parse_args()
+    if args.count:
+        print_steps(counts.H100, 2)
+        return
     if args.short:
         args.tokens, args.rows, args.live, args.batch, args.rounds = 256, 16, 2048, [2], 5
     ceilings = measured_ceilings(args.device, getattr(torch, args.dtype), args.short, args.rounds)
     rows = measure(args, ceilings)
-    print_tables(rows, ceilings, getattr(torch, args.dtype).itemsize)
+    print_kernels(rows, ceilings)
+    print_steps(ceilings, getattr(torch, args.dtype).itemsize)
     harness.write(harness.out(args), rows, args.device, dtype=args.dtype, ceilings=asdict(ceilings))
 
 
