@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments.benchmarks import compare, harness
+from experiments.benchmarks import compare, harness, run
 from experiments.benchmarks.growth import measure as growth
 from experiments.benchmarks.harness import Row
 
@@ -62,6 +62,13 @@ def test_a_run_is_held_against_the_committed_one_by_ratios(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "nothing")])
     assert "--folder" in capsys.readouterr().err
+
+
+def test_every_benchmark_of_the_list_has_results_that_are_committed():
+    for name in run.COMMANDS:
+        about, rows = harness.read(run.HERE / name / harness.RESULTS)
+        assert about["git_revision"].rstrip("+") != "unknown"
+        assert harness.ratios(rows), name
 
 
 def test_exponents_and_shares_of_a_quadratic_term():
