@@ -14,7 +14,8 @@ import json
 import sys
 import time
 
-_SECONDS_BETWEEN = {"local": 1.0, "slurm": 10.0}  # two looks at the jobs
+_SECONDS_BETWEEN = {"local": 1.0, "slurm": 10.0}  # two looks at the jobs, or more: a look takes a hundredth of the time
+_SHARE = 0.01
 _PATIENCE_SECONDS = 1800.0  # with a queue that does not answer: a controller that is started anew
 _STOPPED = 130
 COMMANDS = ("submit", "status", "collect", "cancel")
@@ -92,9 +93,12 @@ def _wait(sweep, points) -> int:
     try:
         states = _answered(sweep, points)
         with Live(states_table(sweep, states), console=console(), transient=True) as live:
+            taken = 0.0
             while any(state.is_active for state in states):
-                time.sleep(_SECONDS_BETWEEN[sweep.cluster])
+                time.sleep(max(_SECONDS_BETWEEN[sweep.cluster], taken / _SHARE))
+                began = time.process_time()
                 states = _answered(sweep, points)
+                taken = time.process_time() - began
                 live.update(states_table(sweep, states))
     except KeyboardInterrupt:
         print("the jobs go on", file=sys.stderr)

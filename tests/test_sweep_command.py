@@ -123,7 +123,9 @@ def test_who_waits_asks_a_queue_that_fails_again(fake_slurm, capsys, monkeypatch
             if answer == ("", 0):
                 finish(point)
 
-    monkeypatch.setattr("dms_lab.sweep.time", SimpleNamespace(sleep=answer_next, monotonic=time.monotonic))
+    monkeypatch.setattr(
+        "dms_lab.sweep.time", SimpleNamespace(sleep=answer_next, monotonic=time.monotonic, process_time=time.process_time)
+    )
     fake_slurm.answer("squeue", "5 RUNNING 0 1:00 None\n")
     assert main(["submit", str(folder), "--wait"]) == 0
     printed = capsys.readouterr()
