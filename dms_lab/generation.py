@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dms_lab.attachment import Retrofit
 from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PoolExhausted
-from dms_lab.cache.policy import Policy, ReadingRule
+from dms_lab.cache.policy import Policy, RankedRule, ReadingRule
 from dms_lab.chains import Chain, Generated, Prompt, Settings, unfit
 from dms_lab.sampling import Sampler, SamplingConfig, chain_generator
 from dms_lab.structure import num_kv_heads, output_head
@@ -55,6 +55,8 @@ class Engine:
         )
         # Where a chunk of tokens is computed otherwise than one by one, what a chain said goes through decode steps again.
         self._replays = settings.deterministic or settings.storage != "model" or isinstance(policy, ReadingRule)
+        # Its prompts are read token by token: many together, while nobody waits, cost what one does.
+        self._gathers = isinstance(policy, RankedRule) and not settings.deterministic
         self._num_heads = sum(num_kv_heads(attention) for attention in handle.attentions)
         self._is_running = False
         self._started, self._num_generated = time.monotonic(), 0
@@ -63,6 +65,7 @@ class Engine:
         self._waiting: deque[Chain] = deque()
         self._active: dict[int, Chain] = {}
         self._num_admitted = 0
+        self._idle = 0  # steps that places stood empty with a prompt waiting, since the last was read
         self._at_once = _WAVE_TOKENS
         self._on_token: Callable[[Prompt, list[int]], None] | None = None
 
@@ -100,6 +103,8 @@ class Engine:
 
     # -- admission ---------------------------------------------------------------------------------------------------
     def _admit(self) -> Iterator[Generated]:
+        if self._gathers and self._is_too_early():
+            return
         while self._waiting:
             wave = yield from self._next_wave()
             if not wave:
@@ -113,6 +118,18 @@ class Engine:
             else:
                 self._at_once = _WAVE_TOKENS
                 yield from self._begin(wave, logits)
+
+    def _is_too_early(self) -> bool:
+        """Whether less than half of the places could be filled, and to have them empty has cost less so far than it would
+        to let the active chains wait for a prompt: in steps of a chain."""
+        free = self._num_fillable()
+        if not (self._active and free) or 2 * free >= self.settings.places:
+            return False
+        return self._idle < len(self._waiting[0].known) * len(self._active)
+
+    def _num_fillable(self) -> int:
+        """Empty places for which a chain is waiting."""
+        return min(self.settings.places - len(self._active), len(self._waiting))
 
     def _next_wave(self) -> Iterator[Generated]:
         """Takes the chains that are to be prefilled together from waiting; one whose prompt is shared goes alone."""
@@ -138,7 +155,7 @@ class Engine:
     def _begin(self, wave: list[Chain], logits: Tensor) -> Iterator[Generated]:
         """Makes prefilled chains active and draws their next tokens."""
         held = self._held([chain.place for chain in wave])
-        ready = []
+        self._idle, ready = 0, []
         for row, (chain, mine) in enumerate(zip(wave, held, strict=True)):
             self._active[chain.place] = chain
             self._num_admitted += 1
@@ -266,6 +283,7 @@ class Engine:
         self._make_room()
         if not self._active:
             return
+        self._idle += self._num_fillable()
         chains = [self._active[place] for place in sorted(self._active)]
         places, real = [chain.place for chain in chains], None
         if self.settings.deterministic:

@@ -190,6 +190,33 @@ def test_a_finished_chain_makes_room_and_its_neighbours_cost_the_same(handle):
         assert many[key].usage.peak_tokens == pytest.approx(g.usage.peak_tokens)
 
 
+@pytest.mark.parametrize("name", ["tova", "dms"])
+def test_prompts_that_are_read_token_by_token_wait_for_company_but_not_for_ever(handle, name, monkeypatch):
+    g = torch.Generator().manual_seed(5)
+    many = [Prompt(f"q{i}", torch.randint(4, 300, (30,), generator=g).tolist()) for i in range(16)]
+    groups = []
+    read = Engine._forward_prompts
+
+    def counted(self, prompts, places):
+        groups.append(len(prompts))
+        return read(self, prompts, places)
+
+    ends = tuple(range(3, 43))
+    alone = chains(handle, many, RULES[name], places=1, eos=ends)
+    assert len({len(g.ids) for g in alone.values()}) > 3  # they end at different times
+    monkeypatch.setattr(Engine, "_forward_prompts", counted)
+    assert tokens(chains(handle, many, RULES[name], places=8, eos=ends)) == tokens(alone)
+    assert groups[0] == 8
+    if name == "dms":
+        assert min(groups) == 1  # a place that is free is filled
+    else:
+        assert len(groups) <= 4
+    groups.clear()
+    long = chains(handle, many[:9], RULES[name], places=8, max_new_tokens=400, eos=(-1,))
+    assert len(long) == 9
+    assert groups == [8, 1]
+
+
 def test_preempted_work_is_not_counted_twice(handle):
     roomy, tight = chains(handle, make=FullPolicy), chains(handle, make=FullPolicy, num_pages=130)
     assert sum(g.preemptions for g in tight.values()) > 0
