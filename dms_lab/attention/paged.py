@@ -7,6 +7,12 @@ A row is one KV head of one sequence, with G query heads. On a CPU, rows are gat
 in the processor's cache, so that each slot comes from main memory once. Elsewhere all rows go at once, padded to the width
 of the table: nothing waits for the device. Where a layer bounds its scores, has sinks, or its weights are asked for, the
 dense reference does the work in float32.
+
+    torch    the above, on any device
+    triton   kernels of our own (`kernels/`) that read the pages as they lie, CUDA only; all but weights. Opt-in: not yet
+             measured on a GPU
+    auto     torch
+
 Shapes: B batch, K KV heads, G = H / K, C queries, S slots, M pages of a head, D head width.
 """
 
@@ -21,6 +27,7 @@ from dms_lab.attention import reference
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
+BACKENDS = ("auto", "torch", "triton")
 _GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
 _LONG_BYTES, _PART_BYTES = 2**22, 2**21  # keys of a head that are gathered in parts: more would not stay in that cache
 _GROUP_MASK = 2**20  # entries of a chunk's mask at a time
@@ -31,13 +38,15 @@ _DEVICE_MASK = 2**26  # the same on a GPU
 class Slots:
     """Live slots of a layer: pages [B, K, M], of which each head uses the first `length` [B, K] slots.
 
-    `apart` groups no two sequences in one operation: a result then depends on nothing but its own sequence.
+    `apart` groups no two sequences in one operation: a result then depends on nothing but its own sequence. `backend` is
+    what `choose_backend` returned.
     """
 
     pool: PagePool
     table: Tensor
     length: Tensor
     apart: bool = False
+    backend: str = "torch"
 
     def gather(self, first: int, last: int, size: int, scratch: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Keys and values [rows, size, D] of the rows `first..last`, in the model's dtype."""
@@ -47,8 +56,35 @@ class Slots:
         return [store.gather(wanted, out).view(last - first, -1, store.width)[:, :size] for store, out in parts]
 
 
+def choose_backend(name: str, pool: PagePool) -> str:
+    """The backend that `name` means for the slots of `pool`.
+
+    Raises `ValueError` for an unknown name, and for triton without its package or where its kernels cannot work.
+    """
+    check_backend(name)
+    if name == "triton":
+        try:
+            from dms_lab.attention.kernels.paged import check_pool
+        except ImportError as error:
+            raise ValueError(
+                f"attention='triton' needs the package triton ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
+            ) from error
+        check_pool(pool)
+    return "torch" if name == "auto" else name
+
+
+def check_backend(name: str) -> None:
+    """Raises `ValueError` for an unknown name."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
+
+
 def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, 1, D] of one query a sequence over its live slots, 0 without any; weights [B, H, S] if wanted."""
+    if slots.backend == "triton" and not want_weights:
+        from dms_lab.attention.kernels import paged
+
+        return paged.decode(query, slots, scores), None
     batch, num_heads, _, width = query.shape
     num_kv_heads = slots.length.shape[1]
     if want_weights or scores.softcap is not None or scores.sinks is not None:

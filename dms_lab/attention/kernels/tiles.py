@@ -51,3 +51,15 @@ def candidates(width: int, dtype: torch.dtype) -> list[Tiles]:
         Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
         Tiles(Tile(64, 64, 8, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1)),
     ]
+
+
+def choose_decode_tile(width: int, dtype: torch.dtype) -> Tile:
+    """The tile of decoding for heads of `width`; its queries are those of a group, at least 16."""
+    return decode_candidates(width, dtype)[0]
+
+
+def decode_candidates(width: int, dtype: torch.dtype) -> list[Tile]:
+    """Tiles worth timing for decoding with heads of `width`, the default first."""
+    if dtype == torch.float32 or width > 128:
+        return [Tile(16, 32, 4, 3), Tile(16, 64, 4, 2)]
+    return [Tile(16, 64, 4, 3), Tile(16, 128, 4, 2), Tile(16, 32, 2, 4)]

@@ -1,0 +1,171 @@
+"""Decoding over slots in pages by the Triton kernels equals the dense reference, through the interpreter or on a GPU."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_lab.attention import paged, reference
+from dms_lab.cache.pages import PagePool
+from dms_lab.cache.policy import Scores
+
+pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
+
+from paged_cases import DEVICE, errs_like, fill, held, normal
+
+from dms_lab.attention.kernels import paged as kernels
+
+SINKS = Scores(0.3, softcap=2.0, sinks=normal(6, seed=9))
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """Parts of at least 64 slots, so that few slots are cut."""
+    monkeypatch.setattr(kernels, "LEAST_PART", 64)
+
+
+def exact(query, slots, scores):
+    """The dense reference in float64 on what the slots hold."""
+    key, value, used = held(slots)
+    sinks = None if scores.sinks is None else scores.sinks.double()
+    return reference.attend(query.double(), key, value, used[:, :, None], scores.scaling, scores.softcap, sinks)[0]
+
+
+def check(query, slots, scores, atol=2e-6):
+    found, weights = paged.decode(query, slots, scores)
+    assert weights is None
+    assert found.dtype == query.dtype
+    torch.testing.assert_close(found.double(), exact(query, slots, scores), rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("storage", ["model", "fp8", "int8"])
+@pytest.mark.parametrize(
+    ("lengths", "widths", "group", "page_size", "scores"),
+    [
+        ([[1]], (16, 16), 1, 4, Scores(0.25)),
+        ([[0, 7], [8, 9]], (16, 16), 3, 4, Scores(0.25)),
+        ([[64, 65]], (64, 64), 7, 32, Scores(0.125)),
+        ([[130, 0], [1, 63]], (24, 80), 3, 16, SINKS),
+        ([[70]], (96, 16), 2, 5, Scores(0.1, softcap=1.5)),
+    ],
+)
+def test_ragged_heads_equal_the_reference(lengths, widths, group, page_size, scores, storage):
+    slots = fill(lengths, widths, page_size, storage)
+    query = normal(len(lengths), group * len(lengths[0]), 1, widths[0], seed=5)
+    check(query, slots, scores)
+
+
+@pytest.mark.parametrize("widths", [(256, 256), (128, 80)])
+def test_wide_heads_equal_the_reference(widths):
+    check(normal(1, 2, 1, widths[0], seed=5), fill([[40, 33]], widths, 16), Scores(0.06))
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(st.data())
+def test_any_lengths_pages_and_rules_equal_the_reference(data):
+    num_heads = data.draw(st.integers(1, 3))
+    lengths = data.draw(
+        st.lists(st.lists(st.integers(0, 90), min_size=num_heads, max_size=num_heads), min_size=1, max_size=2)
+    )
+    page_size, group = data.draw(st.sampled_from([1, 2, 4, 32])), data.draw(st.integers(1, 4))
+    scores = Scores(
+        0.5,
+        data.draw(st.sampled_from([None, 3.0])),
+        data.draw(st.sampled_from([None, normal(num_heads * group, seed=2)])),
+    )
+    slots = fill(lengths, (8, 8), page_size, data.draw(st.sampled_from(["model", "fp8", "int8"])), spare=1)
+    check(normal(len(lengths), num_heads * group, 1, 8, seed=4), slots, scores)
+
+
+def test_a_head_of_more_than_the_most_parts_gets_longer_ones(monkeypatch):
+    monkeypatch.setattr(kernels, "MAX_PARTS", 4)
+    check(normal(1, 2, 1, 16), fill([[4 * 64 + 1, 30]], page_size=32), Scores(0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", ["model", "fp8", "int8"])
+def test_low_precision_errs_at_most_twice_as_much_as_plain(storage, dtype):
+    slots = fill([[150, 70], [33, 9]], (32, 32), 16, storage, dtype)
+    query = normal(2, 6, 1, 32, seed=5).to(dtype)
+    key, value, used = held(slots)
+    plain, _ = reference.attend(query, key.to(dtype), value.to(dtype), used[:, :, None], 0.2)
+    found, _ = paged.decode(query, slots, Scores(0.2))
+    assert found.dtype == dtype
+    assert errs_like(found, plain, exact(query, slots, Scores(0.2)))
+
+
+def test_no_bit_of_a_row_depends_on_the_rows_beside_it():
+    query = normal(2, 4, 1, 16).bfloat16()
+    slots = fill([[150, 70], [400, 1]], page_size=16, dtype=torch.bfloat16)
+    together, _ = paged.decode(query, slots, Scores(0.3))
+    alone, _ = paged.decode(query[:1], replace(slots, table=slots.table[:1, :, :10], length=slots.length[:1]), Scores(0.3))
+    assert torch.equal(together[:1], alone)
+
+
+def test_queries_and_tables_as_a_model_gives_them_change_nothing():
+    slots = fill([[21, 5], [0, 9]])
+    query = normal(2, 1, 4, 16)  # [B, 1, H, D], transposed
+    wide = slots.table.repeat_interleave(2, 2)[:, :, ::2]
+    found, _ = paged.decode(query.transpose(1, 2), replace(slots, table=wide), Scores(0.3))
+    wanted, _ = paged.decode(query.transpose(1, 2).contiguous(), slots, Scores(0.3))
+    assert torch.equal(found, wanted)
+
+
+def test_values_that_are_no_numbers_reach_the_output_of_their_head_alone():
+    slots = fill([[90, 90]], page_size=16)
+    slots.pool.value.data[slots.table[0, 0, 4], 3] = torch.nan
+    found, _ = paged.decode(normal(1, 2, 1, 16), slots, Scores(0.3))
+    assert found[0, 0].isnan().all()
+    assert not found[0, 1].isnan().any()
+
+
+def test_weights_come_from_the_reference():
+    slots = replace(fill([[5, 8]]), backend="torch")
+    query = normal(1, 2, 1, 16)
+    _, wanted = paged.decode(query, slots, Scores(0.3), want_weights=True)
+    _, found = paged.decode(query, replace(slots, backend="triton"), Scores(0.3), want_weights=True)
+    assert torch.equal(found, wanted)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+def pool(dtype=torch.float32, width=16, storage="model"):
+    return PagePool(width, 16, dtype, DEVICE, num_pages=1, storage=storage)
+
+
+def test_auto_stays_with_what_was_measured():
+    assert paged.choose_backend("auto", pool()) == "torch"
+    assert paged.choose_backend("triton", pool()) == "triton"
+    with pytest.raises(ValueError, match="attention='flash' is not known; choose one of auto, torch, triton"):
+        paged.choose_backend("flash", pool())
+
+
+def test_what_the_kernels_cannot_do_is_refused_with_what_can(monkeypatch):
+    with pytest.raises(ValueError, match="not float64; use attention=torch"):
+        paged.choose_backend("triton", pool(torch.float64))
+    with pytest.raises(ValueError, match="width up to 256, not 264 and 16; use attention=torch"):
+        paged.choose_backend("triton", pool(width=264))
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="kernels for cuda, not for cpu; use attention=torch"):
+        kernels.check_pool(PagePool(16, 16, torch.float32, torch.device("cpu"), num_pages=1))
+    monkeypatch.setitem(sys.modules, "dms_lab.attention.kernels.paged", None)
+    monkeypatch.delattr("dms_lab.attention.kernels.paged")
+    with pytest.raises(ValueError, match=r"pip install 'dms_lab\[gpu\]', or use attention=torch"):
+        paged.choose_backend("triton", pool())
+
+
+def test_8_bit_floats_are_refused_where_a_gpu_has_none(monkeypatch):
+    old = pool(storage="fp8")
+    old.device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an A100")
+    with pytest.raises(ValueError, match=r"8\.9 and later, not on an A100; use storage=int8"):
+        kernels.check_pool(old)
+
+
+def test_importing_the_paged_attention_leaves_triton_alone():
+    code = "import sys, dms_lab.attention.paged; sys.exit('triton' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
