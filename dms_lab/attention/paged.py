@@ -137,8 +137,8 @@ def _decode_in_parts(query: Tensor, slots: Slots, row: int, size: int, scaling: 
 class Chunk:
     """New tokens and what is known of those before them.
 
-    key, value [B, K, C, D]; `position` [B, C] and, of the live slots, `past_position` [B, K, S], in tokens; `evicted`
-    [B, K, C] and `past_evicted` [B, K, S]: decided for eviction; `window` None: age alone hides nothing.
+    key, value [B, K, C, D]; `position` [B, C], consecutive, and, of the live slots, `past_position` [B, K, S], in tokens;
+    `evicted` [B, K, C] and `past_evicted` [B, K, S]: decided for eviction; `window` None: age alone hides nothing.
     """
 
     key: Tensor
@@ -154,6 +154,10 @@ def attend_chunk(
     query: Tensor, chunk: Chunk, slots: Slots, scores: Scores, want_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, C, D] of the new tokens by the visibility rule; weights [B, H, C, S + C] if wanted."""
+    if slots.backend == "triton" and not want_weights:
+        from dms_lab.attention.kernels import paged
+
+        return paged.attend_chunk(query, chunk, slots, scores), None
     batch, num_heads, num_queries, width = query.shape
     num_kv_heads = chunk.key.shape[1]
     num_rows = batch * num_kv_heads

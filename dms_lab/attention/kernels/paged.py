@@ -9,9 +9,11 @@ import triton
 from torch import Tensor
 
 from dms_lab.attention.kernels.far import LOG2E
+from dms_lab.attention.kernels.paged_chunk import chunk_kernel
 from dms_lab.attention.kernels.paged_decode import combine_kernel, part_kernel
-from dms_lab.attention.kernels.tiles import Tile, choose_decode_tile
-from dms_lab.attention.paged import Slots
+from dms_lab.attention.kernels.tiles import Tile, choose_chunk_tile, choose_decode_tile
+from dms_lab.attention.kernels.until import NO_LIMIT, new_keys, past_keys
+from dms_lab.attention.paged import Chunk, Slots
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
@@ -56,7 +58,7 @@ def decode(query: Tensor, slots: Slots, scores: Scores) -> Tensor:
     value_width = pool.value.width
     tile = choose_decode_tile(max(width, value_width), query.dtype)
     num_parts = min(MAX_PARTS, triton.cdiv(num_pages * pool.page_size, LEAST_PART))
-    query = query if query.stride(3) == 1 else query.contiguous()
+    query = _rows(query)
     table, length = slots.table.contiguous(), slots.length.contiguous()
     parts = query.new_empty(num_rows, group, num_parts, value_width, dtype=torch.float32)
     lse = query.new_empty(num_rows, group, num_parts, dtype=torch.float32)
@@ -74,11 +76,39 @@ def decode(query: Tensor, slots: Slots, scores: Scores) -> Tensor:
     return output
 
 
+def attend_chunk(query: Tensor, chunk: Chunk, slots: Slots, scores: Scores) -> Tensor:
+    """Attention [B, H, C, D] of the new tokens by the visibility rule; see `attention.paged.attend_chunk`.
+
+    Beside the output, memory for a few integers a slot and a new token.
+    """
+    batch, num_heads, num_new, width = query.shape
+    num_kv_heads, num_pages = slots.table.shape[1:]
+    pool, num_rows, group = slots.pool, batch * num_kv_heads, num_heads // num_kv_heads
+    value_width, sliding = pool.value.width, scores.sliding_window
+    tile = choose_chunk_tile(max(width, value_width), query.dtype, num_new * group)
+    past, new = past_keys(chunk, slots, sliding, tile.keys), new_keys(chunk, sliding)
+    query, key, value = (_rows(x) for x in (query, chunk.key, chunk.value))
+    output = query.new_empty(batch, num_heads, num_new, value_width)
+    strides = [stride for x in (query, key, value, output) for stride in x.stride()[:3]]
+    chunk_kernel[(num_rows, triton.cdiv(num_new * group, tile.queries))](
+        query, key, value, *_stored(pool), slots.table.contiguous(), *past, *new[:3], _sinks(scores, query), output,
+        *strides, num_kv_heads, num_new, num_pages, past.until.shape[2], past.order.shape[2], new.window,
+        sliding or NO_LIMIT, *_factors(scores),
+        HAS_FAR=new.window < num_new, BLOCK_M=tile.queries, BLOCK_N=tile.keys, **_flags(query, pool, scores, group, tile),
+    )  # fmt: skip
+    return output
+
+
 # -- arguments ---------------------------------------------------------------------------------------------------------
 def _stored(pool: PagePool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Keys, values and the scales of their pages, at which kernels without quantised storage do not look."""
     key, value = pool.key, pool.value
     return key.data, value.data, *((key.data, value.data) if key.scale is None else (key.scale, value.scale))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` with rows of consecutive elements, within reach of 32 bits from a head's first one."""
+    return x if x.stride(3) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
 
 
 def _sinks(scores: Scores, unused: Tensor) -> Tensor:

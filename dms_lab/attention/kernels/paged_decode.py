@@ -83,8 +83,8 @@ def part_kernel(
         slots = first + tl.arange(0, BLOCK_N)
         used = slots < stop
         page, address = find_slots(table, slots, used, PAGE)
-        k = load_slots(key, address, used, q.dtype, WIDTH, BLOCK_D, QUANTISED, True, WIDE)
-        v = load_slots(value, address, used, tl.bfloat16, VALUE_WIDTH, BLOCK_V, QUANTISED, True, WIDE)
+        k = load_slots(key, address * WIDTH, used, q.dtype, WIDTH, BLOCK_D, QUANTISED, True, WIDE)
+        v = load_slots(value, address * VALUE_WIDTH, used, tl.bfloat16, VALUE_WIDTH, BLOCK_V, QUANTISED, True, WIDE)
         k_scale, v_scale = 1.0, 1.0
         if QUANTISED:
             k_scale = tl.load(key_scale + page, mask=used, other=0.0)

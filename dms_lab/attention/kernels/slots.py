@@ -21,7 +21,7 @@ def find_slots(table, slots, used, PAGE: tl.constexpr):
 @triton.jit
 def load_slots(
     store,
-    address,
+    offsets,
     used,
     dtype: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -30,9 +30,9 @@ def load_slots(
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """[slots, BLOCK_D] of a store of WIDTH columns, with MASKED 0 where not `used`; what is quantised comes in `dtype`."""
+    """[slots, BLOCK_D] of rows of WIDTH columns at `offsets`, with MASKED 0 where not `used`; the QUANTISED in `dtype`."""
     columns = tl.arange(0, BLOCK_D)
-    pointers = store + address[:, None] * WIDTH + columns[None, :]
+    pointers = store + offsets[:, None] + columns[None, :]
     if BLOCK_D != WIDTH:
         mask = (columns < WIDTH)[None, :] & used[:, None] if MASKED else (columns < WIDTH)[None, :]
         x = tl.load(pointers, mask=mask, other=0.0)
