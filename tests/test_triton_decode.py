@@ -8,10 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_retrofit import build, decide
 
+from dms_lab.attachment import retrofit
 from dms_lab.attention import paged, reference
+from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
+from dms_lab.policies import FullPolicy, QuestPolicy, TovaPolicy
+from dms_lab.policies.dms import DmsConfig
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
@@ -129,6 +134,56 @@ def test_weights_come_from_the_reference():
     _, wanted = paged.decode(query, slots, Scores(0.3), want_weights=True)
     _, found = paged.decode(query, replace(slots, backend="triton"), Scores(0.3), want_weights=True)
     assert torch.equal(found, wanted)
+
+
+# -- in the cache ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("family", "storage", "make"),
+    [
+        ("llama", "model", None),
+        ("gpt_oss", "fp8", None),  # sinks and a sliding window
+        ("gemma2", "int8", None),  # bounded scores and a sliding window
+        ("qwen3", "model", lambda: QuestPolicy(8, block=4, dense_layers=1)),
+        ("qwen3", "model", lambda: TovaPolicy(9)),
+    ],
+)
+def test_a_model_generates_the_tokens_that_torch_gives_it(family, storage, make, monkeypatch):
+    calls = []
+    for name in ("decode", "attend_chunk"):
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, kernel=kernel: calls.append(kernel) or kernel(*args))
+    model = build(family).to(DEVICE)
+    model.generation_config.eos_token_id = None
+    handle = retrofit(model, DmsConfig(window=3) if make is None else None)
+    ids = torch.randint(3, 97, (2, 10), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    if make is None:
+        decide(handle)
+    found = []
+    for attention in ("torch", "triton"):
+        page_size = None if make else 4
+        cache = CompactCache((make or handle.policy)(), storage, page_size, chunk=6, attention=attention)
+        settings = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+        found.append((out.sequences, torch.stack(out.logits), cache.live_slots()))
+        assert bool(calls) == (attention == "triton")
+    (tokens, logits, live), (wanted, exact_logits, exact_live) = found
+    assert torch.equal(tokens, wanted)
+    assert torch.equal(live, exact_live)
+    torch.testing.assert_close(logits, exact_logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_takes_a_backend_by_name():
+    assert CompactCache(FullPolicy()).attention == "auto"
+    with pytest.raises(ValueError, match="attention='flash' is not known; choose one of auto, torch, triton"):
+        CompactCache(FullPolicy(), attention="flash")
+    cache = CompactCache(FullPolicy(), attention="triton")
+    key = torch.zeros(1, 1, 1, 8, dtype=torch.float64, device=DEVICE)
+    cache.announce("test")
+    cache.update(key, key, 0)
+    with pytest.raises(ValueError, match="not float64; use attention=torch"):
+        cache.attend(0, key, key, key, Scores(1.0), None, None)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

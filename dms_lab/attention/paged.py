@@ -56,27 +56,27 @@ class Slots:
         return [store.gather(wanted, out).view(last - first, -1, store.width)[:, :size] for store, out in parts]
 
 
-def choose_backend(name: str, pool: PagePool) -> str:
-    """The backend that `name` means for the slots of `pool`.
-
-    Raises `ValueError` for an unknown name, and for triton without its package or where its kernels cannot work.
-    """
-    check_backend(name)
+def check_backend(name: str) -> None:
+    """Raises `ValueError` for an unknown name, and for triton without its package."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
     if name == "triton":
         try:
-            from dms_lab.attention.kernels.paged import check_pool
+            import dms_lab.attention.kernels.paged  # noqa: F401
         except ImportError as error:
             raise ValueError(
                 f"attention='triton' needs the package triton ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
             ) from error
+
+
+def choose_backend(name: str, pool: PagePool) -> str:
+    """The backend that `name` means for the slots of `pool`; `ValueError` also where the kernels of triton cannot work."""
+    check_backend(name)
+    if name == "triton":
+        from dms_lab.attention.kernels.paged import check_pool
+
         check_pool(pool)
     return "torch" if name == "auto" else name
-
-
-def check_backend(name: str) -> None:
-    """Raises `ValueError` for an unknown name."""
-    if name not in BACKENDS:
-        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
 
 
 def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:

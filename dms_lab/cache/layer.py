@@ -175,7 +175,8 @@ class CompactLayer(CacheLayerMixin):
         return max(1, min(size, room))
 
     def _slots(self) -> Slots:
-        return Slots(self.cache.pool, self.slots.get("table"), self.slots.get("length"), self.cache.apart)
+        cache, slots = self.cache, self.slots
+        return Slots(cache.pool, slots.get("table"), slots.get("length"), cache.apart, cache.backend)
 
     def _piece(self, query, key, value, scores, logit, count):
         """A chunk [B, *, C, D], the first `count` [B] of it tokens: attention by the visibility rule, then storing."""
