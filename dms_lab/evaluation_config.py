@@ -15,7 +15,7 @@ _CHOICES = {
     "prompt_style": ("paper", "card"),
     "thinking": ("auto", "yes", "no"),
     "storage": ("model", "fp8", "int8"),
-    "attention": ("auto", "torch", "triton"),
+    "attention": ("auto", "torch", "triton", "flash_attn"),
     "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
 }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def pool(dtype=torch.float32, width=16, storage="model"):
 def test_auto_stays_with_what_was_measured():
     assert paged.choose_backend("auto", pool()) == "torch"
     assert paged.choose_backend("triton", pool()) == "triton"
-    with pytest.raises(ValueError, match="attention='flash' is not known; choose one of auto, torch, triton"):
+    with pytest.raises(ValueError, match="attention='flash' is not known; choose one of auto, torch, triton, flash_attn"):
         paged.choose_backend("flash", pool())
 
 
@@ -206,10 +207,9 @@ def test_what_the_kernels_cannot_do_is_refused_with_what_can(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     with pytest.raises(ValueError, match="kernels for cuda, not for cpu; use attention=torch"):
         kernels.check_pool(PagePool(16, 16, torch.float32, torch.device("cpu"), num_pages=1))
-    monkeypatch.setitem(sys.modules, "dms_lab.attention.kernels.paged", None)
-    monkeypatch.delattr("dms_lab.attention.kernels.paged")
-    with pytest.raises(ValueError, match=r"pip install 'dms_lab\[gpu\]', or use attention=torch"):
-        paged.choose_backend("triton", pool())
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"package triton .* pip install 'dms_lab\[gpu\]', or use attention=torch"):
+        CompactCache(FullPolicy(), attention="triton")
 
 
 def test_8_bit_floats_are_refused_where_a_gpu_has_none(monkeypatch):
@@ -224,3 +224,50 @@ def test_8_bit_floats_are_refused_where_a_gpu_has_none(monkeypatch):
 def test_importing_the_paged_attention_leaves_triton_alone():
     code = "import sys, dms_lab.attention.paged; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- flash-attn --------------------------------------------------------------------------------------------------------
+def paged_stub(q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, softcap):
+    """What `flash_attn_with_kvcache` (2.8) says it does with these arguments, q [rows, 1, heads, D]."""
+    assert cache_seqlens.dtype == block_table.dtype == torch.int32
+    assert k_cache.shape[1] % 256 == 0
+    found = []
+    for row, length in enumerate(cache_seqlens.tolist()):
+        if length == 0:
+            found.append(torch.full_like(q[:1], torch.nan))
+            continue
+        key, value = (x[block_table[row].long()].flatten(0, 1)[:length].transpose(0, 1)[None] for x in (k_cache, v_cache))
+        seen = torch.ones(1, key.shape[1], 1, length, dtype=torch.bool, device=q.device)
+        mine = reference.attend(q[row : row + 1].transpose(1, 2), key, value, seen, softmax_scale, softcap or None)[0]
+        found.append(mine.transpose(1, 2))
+    return torch.cat(found)
+
+
+def test_flash_attn_is_given_each_head_as_a_sequence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=paged_stub))
+    slots = replace(fill([[300, 0], [5, 256]], page_size=256), backend="flash_attn")
+    query = normal(2, 6, 1, 16, seed=3)
+    for scores in (Scores(0.3), Scores(0.3, softcap=2.0)):
+        check(query, slots, scores)
+    with pytest.raises(ValueError, match="knows no attention sinks"):
+        paged.decode(query, slots, SINKS)
+
+
+def test_flash_attn_is_refused_where_its_paged_kernel_cannot_read(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ValueError, match="needs the package flash-attn"):
+        CompactCache(FullPolicy(), attention="flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=paged_stub))
+    with pytest.raises(ValueError, match="works on cuda, not on cpu"):
+        paged.choose_backend("flash_attn", PagePool(16, 16, torch.bfloat16, torch.device("cpu"), 256, 1))
+
+    def on_cuda(**layout):
+        made = PagePool(16, 16, torch.bfloat16, DEVICE, num_pages=1, **layout)
+        made.device = torch.device("cuda")
+        return made
+
+    assert paged.choose_backend("flash_attn", on_cuda(page_size=256)) == "flash_attn"
+    with pytest.raises(ValueError, match="multiple of 256 slots, not of 32: give page_size=256"):
+        paged.choose_backend("flash_attn", on_cuda())
+    with pytest.raises(ValueError, match=r"storage=model.* not torch.int8 of 16 and 16"):
+        paged.choose_backend("flash_attn", on_cuda(page_size=256, storage="int8"))

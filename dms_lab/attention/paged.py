@@ -9,13 +9,14 @@ of the table: nothing waits for the device. Where a layer bounds its scores, has
 dense reference does the work in float32.
 
     torch    the above, on any device
-    triton   kernels of our own (`kernels/`) that read the pages as they lie, CUDA only; all but weights. Opt-in: not yet
-             measured on a GPU
-    auto     torch
+    triton   kernels of our own (`kernels/`) that read the pages as they lie, CUDA only; all but weights
+    flash_attn   that package's paged kernel for single queries where it can (`flash_paged`), else torch
+    auto     torch: of the others none was measured on a GPU yet
 
 Shapes: B batch, K KV heads, G = H / K, C queries, S slots, M pages of a head, D head width.
 """
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,8 @@ from dms_lab.attention import reference
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "flash_attn")
+_DOORS = {"triton": "dms_lab.attention.kernels.paged", "flash_attn": "dms_lab.attention.flash_paged"}  # imported late
 _GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
 _LONG_BYTES, _PART_BYTES = 2**22, 2**21  # keys of a head that are gathered in parts: more would not stay in that cache
 _GROUP_MASK = 2**20  # entries of a chunk's mask at a time
@@ -57,34 +59,31 @@ class Slots:
 
 
 def check_backend(name: str) -> None:
-    """Raises `ValueError` for an unknown name, and for triton without its package."""
+    """Raises `ValueError` for an unknown name, and for one whose package is not installed."""
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
-    if name == "triton":
-        try:
-            import dms_lab.attention.kernels.paged  # noqa: F401
-        except ImportError as error:
-            raise ValueError(
-                f"attention='triton' needs the package triton ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
-            ) from error
+    try:
+        if name in ("triton", "flash_attn"):
+            importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise ValueError(
+            f"attention={name!r} needs the package {package} ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
+        ) from error
 
 
 def choose_backend(name: str, pool: PagePool) -> str:
-    """The backend that `name` means for the slots of `pool`; `ValueError` also where the kernels of triton cannot work."""
+    """The backend that `name` means for the slots of `pool`; `ValueError` also where its kernels cannot work."""
     check_backend(name)
-    if name == "triton":
-        from dms_lab.attention.kernels.paged import check_pool
-
-        check_pool(pool)
+    if name in _DOORS:
+        importlib.import_module(_DOORS[name]).check_pool(pool)
     return "torch" if name == "auto" else name
 
 
 def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, 1, D] of one query a sequence over its live slots, 0 without any; weights [B, H, S] if wanted."""
-    if slots.backend == "triton" and not want_weights:
-        from dms_lab.attention.kernels import paged
-
-        return paged.decode(query, slots, scores), None
+    if slots.backend in _DOORS and not want_weights:
+        return importlib.import_module(_DOORS[slots.backend]).decode(query, slots, scores), None
     batch, num_heads, _, width = query.shape
     num_kv_heads = slots.length.shape[1]
     if want_weights or scores.softcap is not None or scores.sinks is not None:
@@ -155,9 +154,7 @@ def attend_chunk(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, C, D] of the new tokens by the visibility rule; weights [B, H, C, S + C] if wanted."""
     if slots.backend == "triton" and not want_weights:
-        from dms_lab.attention.kernels import paged
-
-        return paged.attend_chunk(query, chunk, slots, scores), None
+        return importlib.import_module(_DOORS["triton"]).attend_chunk(query, chunk, slots, scores), None
     batch, num_heads, num_queries, width = query.shape
     num_kv_heads = chunk.key.shape[1]
     num_rows = batch * num_kv_heads

@@ -37,8 +37,8 @@ class CompactCache(PolicyCache):
     `storage`: "model" (the model's dtype), "fp8" or "int8". `num_pages` of `page_size` slots (None: 32, or the policy's
     block): a pool of that size, which raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many
     sequences, of which `rows` are in use at a time; None: as many as the first batch has. `chunk`: how many tokens of a
-    prompt are attended at once. `apart`: no operation of the attention mixes sequences. `attention`: "auto" and "torch", or
-    "triton" for kernels of our own on CUDA (see `attention.paged`); rules that look at weights get those by the reference.
+    prompt are attended at once. `apart`: no operation of the attention mixes sequences. `attention`: "auto", "torch",
+    "triton" or "flash_attn" (see `attention.paged`); rules that look at weights get those by the reference.
 
     Gradients do not pass through it: a backward through its output raises. Crop works while nothing was freed.
     """

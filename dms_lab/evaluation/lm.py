@@ -229,8 +229,8 @@ class DmsLM(HFLM):
         parts: dict[str, Any] = asdict(sampling) | self.attached.identity | {"storage": self.settings.storage}
         if self.settings.deterministic:  # the shapes of the matrices are part of the promise
             parts |= {"deterministic": [self.settings.places, self.settings.prefill_chunk]}
-        if self.settings.attention == "triton":
-            parts |= {"attention": "triton"}
+        if self.settings.attention not in ("auto", "torch"):
+            parts |= {"attention": self.settings.attention}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def _answer(self, jobs: list[Job], gen_kwargs: dict[str, Any]) -> tuple[dict[tuple[str, int], str], list[str]]:
