@@ -1,6 +1,10 @@
 """Chunks over slots in pages by the Triton kernel equal the dense reference, through the interpreter or on a GPU."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 
 from dms_lab.attention import paged, reference
 from dms_lab.cache.policy import Scores
+from experiments.benchmarks import harness
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
@@ -17,6 +22,8 @@ from paged_cases import DEVICE, errs_like, fill, held, normal
 from dms_lab.attention.kernels import paged as kernels
 from dms_lab.attention.kernels import paged_chunk, until
 from dms_lab.attention.kernels.tiles import Tile
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -258,3 +265,25 @@ def test_what_is_said_of_the_keys_has_their_size_and_not_that_of_a_mask():
     token = torch.arange(80, device=DEVICE)[:, None]
     assert torch.equal(seen[..., :64], token < past.until[:, :, None])
     assert torch.equal(seen[..., 64:], (token < new.until[:, :, None]) & (token >= token.T))
+
+
+# -- compiled, measured ------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU is here: the kernels above were compiled for it")
+def test_the_kernels_compile_for_hopper_within_its_shared_memory(tmp_path):
+    """By Triton's own compiler, without a GPU: what the interpreter lets pass may not compile."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    words = ["-m", "experiments.benchmarks.paged_attention.compiled", "--width", "64", "--storage", "fp8"]
+    done = subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, text=True, cwd=ROOT)
+    for kernel in ("part | fp8", "combine | ", "chunk | fp8"):
+        assert f"| 64 | {kernel} |" in done.stdout
+
+
+def test_the_benchmark_checks_and_times_the_kernels(tmp_path):
+    words = ["-m", "experiments.benchmarks.paged_attention.measure", "--short", "--storage", "int8"]
+    done = subprocess.run(
+        [sys.executable, *words, "--out", tmp_path / "out.json"], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    assert "tiny, int8: errs" in done.stdout
+    about, rows = harness.read(tmp_path / "out.json")
+    assert about["copy_bandwidth"] > 0
+    assert [row.name for row in rows] == ["triton", "torch", "dense"] * 2
