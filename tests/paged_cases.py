@@ -69,3 +69,15 @@ def errs_like(found, plain, exact):
     """Whether `found` errs at most twice as much as `plain`, a computation in the same low precision."""
     found, plain = (x.double() - exact for x in (found, plain))
     return found.abs().max() <= 2 * plain.abs().max() and found.norm() <= 1.5 * plain.norm()
+
+
+def state(table):
+    """What a table of slots knows, and what its slots in use hold, whichever pages those are in."""
+    names, table.rows = ("length", "seen", "tail", "ring_slot", "ring_flag", "freed_at"), None
+    slot = torch.arange(table.table.shape[2] * table.pool.page_size, device=DEVICE).expand(*table.length.shape, -1)
+    address = table.address(slot)[slot < table.length[:, :, None]]
+    stores = (table.pool.key.data, table.pool.value.data)
+    held = [x.view(-1, x.shape[2])[address] for x in stores] + [table.pool.position.view(-1)[address]]
+    pages = table.table[table._held()]
+    unused = [int((x[pages].view(-1, x.shape[2]) != 0).any(1).sum()) - len(address) for x in stores]
+    return [*(getattr(table, name).clone() for name in names), *held, torch.tensor(unused), pages.sort().values]

@@ -14,14 +14,15 @@ from test_retrofit import build, decide
 from dms_lab.attachment import retrofit
 from dms_lab.attention import paged, reference
 from dms_lab.cache.compact import CompactCache
-from dms_lab.cache.pages import PagePool
+from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import Scores
+from dms_lab.cache.slots import SlotTable
 from dms_lab.policies import FullPolicy, QuestPolicy, TovaPolicy
 from dms_lab.policies.dms import DmsConfig
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
-from paged_cases import DEVICE, errs_like, fill, held, normal
+from paged_cases import DEVICE, errs_like, fill, held, normal, state
 
 from dms_lab.attention.kernels import paged as kernels
 
@@ -135,6 +136,62 @@ def test_weights_come_from_the_reference():
     _, wanted = paged.decode(query, slots, Scores(0.3), want_weights=True)
     _, found = paged.decode(query, replace(slots, backend="triton"), Scores(0.3), want_weights=True)
     assert torch.equal(found, wanted)
+
+
+# -- appending ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("window", "shift", "page_size", "places", "rows", "is_padded"),
+    [
+        (None, 0, 2, 2, [None], False),
+        (2, 0, 2, 2, [None], True),
+        (2, 1, 2, 3, [None, [1, 0], [2]], True),
+        (1, 1, 4, 2, [None, [1]], False),
+        (3, 3, 1, 2, [None], False),
+    ],
+)
+def test_a_token_appended_at_once_is_where_torch_would_have_put_it(window, shift, page_size, places, rows, is_padded):
+    tables, num_kv_heads = [], 3
+    for _ in range(2):
+        pool = PagePool(8, 24, torch.float32, DEVICE, page_size, num_pages=60)
+        for store in (pool.key, pool.value):
+            store.data.fill_(9.0)  # what the last holder of a page may have left there
+        tables.append(SlotTable(pool, places, num_kv_heads, window, shift))
+    plain, fused = tables
+    for step in range(6):
+        g, mine = torch.Generator().manual_seed(step), rows[step % len(rows)]
+        batch = places if mine is None else len(mine)
+        key, value = (normal(batch, 1, num_kv_heads, n, seed=step).transpose(1, 2) for n in (8, 24))
+        flag = None if window is None else (torch.rand(batch, num_kv_heads, generator=g) < 0.7).to(DEVICE)
+        real = torch.tensor([step % 3 > 0] + [True] * (batch - 1), device=DEVICE) if is_padded else None
+        for table in tables:
+            table.rows = None if mine is None else torch.tensor(mine, device=DEVICE)
+        position = plain.get("seen")[:, None].expand(-1, num_kv_heads).flatten()
+        address = plain.append_one(flag, real)
+        plain.pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
+        assert fused.claim_one()
+        kernels.append(fused, flag, real, key, value)
+    for got, want in zip(state(fused), state(plain), strict=True):
+        assert torch.equal(got, want)
+    assert fused.pool.count_free() == plain.pool.count_free()
+
+
+def test_a_pool_without_the_pages_is_left_to_what_grows_it_or_says_so():
+    pool = PagePool(16, 16, torch.float32, DEVICE, page_size=4, num_pages=3)
+    table = SlotTable(pool, 2, 2, None, 0)
+    assert not table.claim_one()
+    assert pool.count_free() == 3
+    key = torch.zeros(1, 1, 1, 16, device=DEVICE)
+    for num_pages, length in ((None, 9), (2, 8)):
+        cache = CompactCache(FullPolicy(), page_size=4, num_pages=num_pages, attention="triton")
+        for step in range(9):
+            cache.announce("test")
+            cache.update(key, key, 0)
+            if step == length:
+                with pytest.raises(PoolExhausted):
+                    cache.attend(0, key, key, key, Scores(1.0), None, None)
+                break
+            cache.attend(0, key, key, key, Scores(1.0), None, None)
+        assert cache.live_slots().item() == length
 
 
 # -- in the cache ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ training, `relaxed`       query, key, value, log_keep, document
     -> delta, query_grad, key_grad          the same pairs again; no atomics, so the same bits every time
 
 hard decisions, `paged`   query, slots in pages, and of a chunk its keys, values and decisions
+    -> paged_append           a token a sequence: its slot, its page, its key and value
     -> paged_decode           one query a sequence: parts of each head's slots side by side, then their sum
     -> until -> paged_chunk   of every key the first query that does not see it any more, then the blocks that are seen
 

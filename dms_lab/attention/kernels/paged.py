@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from dms_lab.attention.kernels.far import LOG2E
+from dms_lab.attention.kernels.paged_append import append_kernel
 from dms_lab.attention.kernels.paged_chunk import chunk_kernel
 from dms_lab.attention.kernels.paged_decode import combine_kernel, part_kernel
 from dms_lab.attention.kernels.tiles import Tile, choose_chunk_tile, choose_decode_tile
@@ -16,6 +17,7 @@ from dms_lab.attention.kernels.until import NO_LIMIT, new_keys, past_keys
 from dms_lab.attention.paged import Chunk, Slots
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
+from dms_lab.cache.slots import SlotTable
 
 INTERPRETED = type(part_kernel).__name__ == "InterpretedFunction"
 WIDEST = 256
@@ -97,6 +99,28 @@ def attend_chunk(query: Tensor, chunk: Chunk, slots: Slots, scores: Scores) -> T
         HAS_FAR=new.window < num_new, BLOCK_M=tile.queries, BLOCK_N=tile.keys, **_flags(query, pool, scores, group, tile),
     )  # fmt: skip
     return output
+
+
+def append(table: SlotTable, flag: Tensor | None, real: Tensor | None, key: Tensor, value: Tensor) -> None:
+    """Stores a token's key, value [B, K, 1, D] as `SlotTable.append_one` and `PagePool.write` do, in one launch.
+
+    The pages that this may take must have been claimed (`SlotTable.claim_one`). For slots in the model's dtype, and rules
+    with a decision per token, `flag` [B, K], or none; where `real` [B] is False nothing is stored.
+    """
+    pool, num_kv_heads = table.pool, table.length.shape[1]
+    key, value = _rows(key), _rows(value)
+    flag, real = (None if x is None else x.contiguous().view(torch.uint8) for x in (flag, real))
+    append_kernel[(key.shape[0],)](
+        table.seen if table.rows is None else table.rows, table.table, table.length, table.seen, table.tail,
+        table.ring_slot, table.ring_flag.view(torch.uint8), table.freed_at, *pool.stack, pool.key.data, pool.value.data,
+        pool.position, table.seen if flag is None else flag, table.seen if real is None else real, key, value,
+        *key.stride()[:2], *value.stride()[:2], num_kv_heads, table.table.shape[2], table.window or 0, table.shift or 0,
+        HAS_ROWS=table.rows is not None, HAS_FLAG=flag is not None, HAS_REAL=real is not None,
+        IS_OWN=flag is not None and table.shift > 0 and table.shift % table.window == 0,
+        WIDTH=pool.key.width, VALUE_WIDTH=pool.value.width, BLOCK_K=triton.next_power_of_2(num_kv_heads),
+        BLOCK_D=_block(pool.key.width), BLOCK_V=_block(pool.value.width),
+        BLOCK_P=triton.next_power_of_2(pool.page_size), PAGE=pool.page_size, **({} if INTERPRETED else {"num_warps": 1}),
+    )  # fmt: skip
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
