@@ -114,6 +114,7 @@ def check(slots, chunk, group, scores, atol=3e-6):
         ([[20]], 30, 5, 2, Scores(0.3, 2.0, normal(2, seed=3)), {"widths": (24, 80)}),
         ([[3, 20]], 17, 5, 1, Scores(0.3, sinks=normal(2, seed=3), sliding_window=7), {"widths": (80, 16)}),
         ([[20]], 17, 5, 1, Scores(0.1), {"widths": (96, 96)}),
+        ([[0]], 48, 31, 1, Scores(0.3), {"share": 1.0}),  # one more token in a window would be a block without masks
     ],
 )
 def test_chunks_equal_the_reference(lengths, num_new, window, group, scores, layout):
@@ -220,6 +221,9 @@ def test_evicted_tokens_cost_a_window_and_kept_ones_are_packed(read_blocks):
     one_in_8[..., ::8] = False
     # The 16 kept ones fill one block, which every query block but the first reads once, beside its window.
     assert num_blocks(read_blocks, slots, replace(chunk, evicted=one_in_8), Scores(0.3)) == 1 + 7 * 3
+    # All kept: before its window a block of queries has 24 of a sliding window's 40 tokens in the list.
+    sliding = Scores(0.3, sliding_window=40)
+    assert num_blocks(read_blocks, slots, replace(chunk, evicted=~everything), sliding) == 1 + 7 * 2 + 1 + 2 * 6
 
 
 def test_old_tokens_decided_for_eviction_are_read_until_they_are_a_window_old(read_blocks):
