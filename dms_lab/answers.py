@@ -21,6 +21,7 @@ from dms_lab.generation_config import GenerateConfig
 
 # What may change between a stop and the next start without another token coming out, near-ties apart.
 _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pages", "page_size", "reserve", "threads"}
+_NOT_HASHED |= {"attention"}  # auto and torch are one; others are told below
 
 
 def run_hash(config: GenerateConfig, model: ModelConfig) -> str:
@@ -29,6 +30,8 @@ def run_hash(config: GenerateConfig, model: ModelConfig) -> str:
     parts |= {"path": model.path, "dtype": model.dtype}
     if config.deterministic:  # the shapes of the matrices are part of the promise
         parts |= {"places": config.places}
+    if config.attention not in ("auto", "torch"):
+        parts |= {"attention": config.attention}
     if config.checkpoint is not None:
         parts |= file_hashes(Path(config.checkpoint))
     return _digest(parts)

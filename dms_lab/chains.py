@@ -19,7 +19,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Settings:
-    """How chains are run. `places` decode together; `num_pages` of `page_size` slots as in `CompactCache`.
+    """How chains are run. `places` decode together; `num_pages` of `page_size` slots and `attention` as in `CompactCache`.
 
     A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free.
     """
@@ -32,6 +32,7 @@ class Settings:
     prefill_chunk: int = 256
     reserve: float = 0.05
     deterministic: bool = False
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "places", "prefill_chunk", "num_pages", "page_size"):

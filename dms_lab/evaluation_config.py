@@ -15,6 +15,7 @@ _CHOICES = {
     "prompt_style": ("paper", "card"),
     "thinking": ("auto", "yes", "no"),
     "storage": ("model", "fp8", "int8"),
+    "attention": ("auto", "torch", "triton", "flash_attn"),
     "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
 }
 
@@ -56,6 +57,7 @@ class ReasoningConfig:
     prefill_chunk: int
     reserve: float
     deterministic: bool
+    attention: str
     graders: int
     seconds_per_test: float
     seconds_per_problem: float | None

@@ -52,6 +52,7 @@ class Engine:
             num_places=settings.places + 1,  # the last one holds the prompt that several chains share
             chunk=settings.prefill_chunk,
             apart=settings.deterministic,
+            attention=settings.attention,
         )
         # Where a chunk of tokens is computed otherwise than one by one, what a chain said goes through decode steps again.
         self._replays = settings.deterministic or settings.storage != "model" or isinstance(policy, ReadingRule)

@@ -40,6 +40,7 @@ class GenerateConfig:
     prefill_chunk: int
     reserve: float
     deterministic: bool
+    attention: str
     threads: int | None
 
 

@@ -76,6 +76,7 @@ def configure(checkpoint, out, **changes):
         "prefill_chunk": 256,
         "reserve": 0.05,
         "deterministic": False,
+        "attention": "auto",
         "graders": 2,
         "seconds_per_test": 6.0,
         "seconds_per_problem": None,

@@ -267,6 +267,7 @@ def test_a_task_file_that_is_not_there_is_named(tmp_path):
         {"prompt_style": "card"},
         {"chat": False},
         {"deterministic": True},
+        {"attention": "triton"},
         {"num_problems": 3},
     ],
 )
@@ -284,6 +285,7 @@ def test_a_record_tells_what_decides_the_results(changes):
         {"seeds": (1, 2)},
         {"max_tokens": (16, 32)},
         {"graders": 1},
+        {"attention": "torch"},
         {"headline": "avg"},
         {"full": True},
         {"sources": (f"dms_aime24:{DATA / 'aime25.jsonl'}",)},  # prompts are hashed

@@ -40,4 +40,4 @@ def read_blocks(query: Tensor, slots: Slots, count: int) -> Slots:
     order = order.clamp(max=chosen.shape[2] - 1)
     table = slots.table.gather(2, chosen.gather(2, order))
     length = (held - 1) * page_size + slots.length - newest * page_size
-    return Slots(pool, table, torch.where(slots.length > 0, length, 0), slots.apart)
+    return Slots(pool, table, torch.where(slots.length > 0, length, 0), slots.apart, slots.backend)

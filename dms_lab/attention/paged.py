@@ -7,9 +7,16 @@ A row is one KV head of one sequence, with G query heads. On a CPU, rows are gat
 in the processor's cache, so that each slot comes from main memory once. Elsewhere all rows go at once, padded to the width
 of the table: nothing waits for the device. Where a layer bounds its scores, has sinks, or its weights are asked for, the
 dense reference does the work in float32.
+
+    torch    the above, on any device
+    triton   kernels of our own (`kernels/`) that read the pages as they lie, CUDA only; all but weights
+    flash_attn   that package's paged kernel for single queries where it can (`flash_paged`), else torch
+    auto     torch: of the others none was measured on a GPU yet
+
 Shapes: B batch, K KV heads, G = H / K, C queries, S slots, M pages of a head, D head width.
 """
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +28,8 @@ from dms_lab.attention import reference
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
+BACKENDS = ("auto", "torch", "triton", "flash_attn")
+_DOORS = {"triton": "dms_lab.attention.kernels.paged", "flash_attn": "dms_lab.attention.flash_paged"}  # imported late
 _GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
 _LONG_BYTES, _PART_BYTES = 2**22, 2**21  # keys of a head that are gathered in parts: more would not stay in that cache
 _GROUP_MASK = 2**20  # entries of a chunk's mask at a time
@@ -31,13 +40,15 @@ _DEVICE_MASK = 2**26  # the same on a GPU
 class Slots:
     """Live slots of a layer: pages [B, K, M], of which each head uses the first `length` [B, K] slots.
 
-    `apart` groups no two sequences in one operation: a result then depends on nothing but its own sequence.
+    `apart` groups no two sequences in one operation: a result then depends on nothing but its own sequence. `backend` is
+    what `choose_backend` returned.
     """
 
     pool: PagePool
     table: Tensor
     length: Tensor
     apart: bool = False
+    backend: str = "torch"
 
     def gather(self, first: int, last: int, size: int, scratch: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """Keys and values [rows, size, D] of the rows `first..last`, in the model's dtype."""
@@ -47,8 +58,32 @@ class Slots:
         return [store.gather(wanted, out).view(last - first, -1, store.width)[:, :size] for store, out in parts]
 
 
+def check_backend(name: str) -> None:
+    """Raises `ValueError` for an unknown name, and for one whose package is not installed."""
+    if name not in BACKENDS:
+        raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
+    try:
+        if name in ("triton", "flash_attn"):
+            importlib.import_module(name)
+    except ImportError as error:
+        package = name.replace("_", "-")
+        raise ValueError(
+            f"attention={name!r} needs the package {package} ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
+        ) from error
+
+
+def choose_backend(name: str, pool: PagePool) -> str:
+    """The backend that `name` means for the slots of `pool`; `ValueError` also where its kernels cannot work."""
+    check_backend(name)
+    if name in _DOORS:
+        importlib.import_module(_DOORS[name]).check_pool(pool)
+    return "torch" if name == "auto" else name
+
+
 def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = False) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, 1, D] of one query a sequence over its live slots, 0 without any; weights [B, H, S] if wanted."""
+    if slots.backend in _DOORS and not want_weights:
+        return importlib.import_module(_DOORS[slots.backend]).decode(query, slots, scores), None
     batch, num_heads, _, width = query.shape
     num_kv_heads = slots.length.shape[1]
     if want_weights or scores.softcap is not None or scores.sinks is not None:
@@ -101,8 +136,8 @@ def _decode_in_parts(query: Tensor, slots: Slots, row: int, size: int, scaling: 
 class Chunk:
     """New tokens and what is known of those before them.
 
-    key, value [B, K, C, D]; `position` [B, C] and, of the live slots, `past_position` [B, K, S], in tokens; `evicted`
-    [B, K, C] and `past_evicted` [B, K, S]: decided for eviction; `window` None: age alone hides nothing.
+    key, value [B, K, C, D]; `position` [B, C], consecutive, and, of the live slots, `past_position` [B, K, S], in tokens;
+    `evicted` [B, K, C] and `past_evicted` [B, K, S]: decided for eviction; `window` None: age alone hides nothing.
     """
 
     key: Tensor
@@ -118,6 +153,8 @@ def attend_chunk(
     query: Tensor, chunk: Chunk, slots: Slots, scores: Scores, want_weights: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Attention [B, H, C, D] of the new tokens by the visibility rule; weights [B, H, C, S + C] if wanted."""
+    if slots.backend == "triton" and not want_weights:
+        return importlib.import_module(_DOORS["triton"]).attend_chunk(query, chunk, slots, scores), None
     batch, num_heads, num_queries, width = query.shape
     num_kv_heads = chunk.key.shape[1]
     num_rows = batch * num_kv_heads

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dms_lab.attention.paged import check_backend, choose_backend
 from dms_lab.cache.layer import CompactLayer, in_any_mode
 from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import OffloadingRule, Policy, PolicyCache, RankedRule, ReadingRule, Scores, WindowedRule
@@ -36,7 +37,8 @@ class CompactCache(PolicyCache):
     `storage`: "model" (the model's dtype), "fp8" or "int8". `num_pages` of `page_size` slots (None: 32, or the policy's
     block): a pool of that size, which raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many
     sequences, of which `rows` are in use at a time; None: as many as the first batch has. `chunk`: how many tokens of a
-    prompt are attended at once. `apart`: no operation of the attention mixes sequences.
+    prompt are attended at once. `apart`: no operation of the attention mixes sequences. `attention`: "auto", "torch",
+    "triton" or "flash_attn" (see `attention.paged`); rules that look at weights get those by the reference.
 
     Gradients do not pass through it: a backward through its output raises. Crop works while nothing was freed.
     """
@@ -52,9 +54,11 @@ class CompactCache(PolicyCache):
         num_places: int | None = None,
         chunk: int = 256,
         apart: bool = False,
+        attention: str = "auto",
     ) -> None:
         if storage not in FORMATS:
             raise ValueError(f"storage={storage!r} is not known; choose one of {', '.join(FORMATS)}")
+        check_backend(attention)
         if chunk < 1:
             raise ValueError(f"chunk={chunk} must be at least 1 token; 256 is usual")
         block = policy.block if isinstance(policy, ReadingRule) else None
@@ -66,6 +70,7 @@ class CompactCache(PolicyCache):
         self.policy, self.storage, self.num_pages = policy, storage, num_pages
         self.page_size = page_size if page_size is not None else block or _PAGE_SIZE
         self.num_places, self.chunk, self.apart = num_places, chunk, apart
+        self.attention, self.backend = attention, "torch"  # as asked for, and as chosen for the pool
         self.pool: PagePool | None = None
         self.reads_prompt = False  # whether a single new token is the end of a prompt, which a reading rule reads whole
         self._torn: set[int] | None = None  # rows of which the layers hold different tokens
@@ -149,6 +154,7 @@ class CompactCache(PolicyCache):
                 isinstance(self.policy, RankedRule) and self.policy.needs_total,
                 isinstance(self.policy, ReadingRule),
             )
+            self.backend = choose_backend(self.attention, self.pool)
             self._element_bytes = key.element_size()
         window, shift = None, 0
         if isinstance(self.policy, WindowedRule):

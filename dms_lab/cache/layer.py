@@ -175,7 +175,8 @@ class CompactLayer(CacheLayerMixin):
         return max(1, min(size, room))
 
     def _slots(self) -> Slots:
-        return Slots(self.cache.pool, self.slots.get("table"), self.slots.get("length"), self.cache.apart)
+        cache, slots = self.cache, self.slots
+        return Slots(cache.pool, slots.get("table"), slots.get("length"), cache.apart, cache.backend)
 
     def _piece(self, query, key, value, scores, logit, count):
         """A chunk [B, *, C, D], the first `count` [B] of it tokens: attention by the visibility rule, then storing."""
@@ -226,13 +227,19 @@ class CompactLayer(CacheLayerMixin):
         slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
         now, tail = slots.get("seen"), slots.get("tail")
         flag = self._flags(logit, now[:, None], key.shape[1])
-        address = slots.append_one(None if flag is None else flag[:, :, 0], real)
-        if not note:
-            slots.put("tail", tail)
-        position = now[:, None].expand(address.shape).flatten()
-        if real is not None:  # what is written where nobody reads stays finite: it may be gathered, and masked
-            key, value = (x.masked_fill(~real[:, None, None, None], 0.0) for x in (key, value))
-        pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
+        flag = None if flag is None else flag[:, :, 0]
+        if self._appends_at_once() and slots.claim_one():
+            from dms_lab.attention.kernels.paged import append
+
+            append(slots, flag, real, key, value)
+        else:
+            address = slots.append_one(flag, real)
+            if not note:
+                slots.put("tail", tail)
+            position = now[:, None].expand(address.shape).flatten()
+            if real is not None:  # what is written where nobody reads stays finite: it may be gathered, and masked
+                key, value = (x.masked_fill(~real[:, None, None, None], 0.0) for x in (key, value))
+            pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
         ranked = isinstance(policy, RankedRule)
         held = self._slots()
         if isinstance(policy, ReadingRule) and policy.selects(self.index, scores) and not self.cache.reads_prompt:
@@ -243,6 +250,12 @@ class CompactLayer(CacheLayerMixin):
         if ranked:
             self._rank(weights, now, real, scores.sliding_window)
         return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
+
+    def _appends_at_once(self) -> bool:
+        """Whether a kernel finds the slot of a new token and writes it there: see `kernels.paged_append`."""
+        policy = self.cache.policy
+        by_decision = isinstance(policy, WindowedRule) and not isinstance(policy, ReadingRule)
+        return self.cache.backend == "triton" and self.cache.storage == "model" and by_decision
 
     def _rank(self, weights: Tensor, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
         """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""

@@ -111,6 +111,18 @@ class PagePool:
         self._free.scatter_(0, place, pages.flatten())
         self._num_free = self._num_free + rank[-1]
 
+    def claim(self, count: int) -> bool:
+        """Whether `count` pages are free, of which the caller may take any number from `stack` without another word."""
+        if self._surely_free < count and self.count_free() < count:
+            return False
+        self._surely_free -= count
+        return True
+
+    @property
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """The free pages, and how many of them, from the bottom on, are: for kernels, which take them in place."""
+        return self._free, self._num_free
+
     def _reserve(self, wanted: Tensor) -> None:
         if self._surely_free < wanted.numel() and self.count_free() < wanted.numel():
             needed, free = int(wanted.sum()), self._surely_free

@@ -105,13 +105,29 @@ class SlotTable:
         self.put("seen", now[:, 0] + step)
         return address
 
-    def _add_pages(self, length: Tensor, grown: Tensor) -> None:
-        """Gives a page to every head that grows by one slot beyond its last page."""
+    def claim_one(self) -> bool:
+        """Makes the table wide enough for one more token a row in use, and claims the pages that this could need.
+
+        False, if they are not surely there: `append_one` finds out. True: `kernels.paged.append` may store the token.
+        """
+        rows = self.length.shape[0] if self.rows is None else self.rows.shape[0]
+        if not self.pool.claim(rows * self.length.shape[1]):
+            return False
+        self._make_room()
+        return True
+
+    def _make_room(self) -> None:
+        """Makes the table wide enough for one more slot of the longest head."""
         page_size = self.pool.page_size
         self._longest += 1
         if self._longest > self.table.shape[2] * page_size:  # looked at once in a page's length of steps at most
             self._longest = int(self.length.max()) + 1
             self._widen(-(-self._longest // page_size) + 1)
+
+    def _add_pages(self, length: Tensor, grown: Tensor) -> None:
+        """Gives a page to every head that grows by one slot beyond its last page."""
+        page_size = self.pool.page_size
+        self._make_room()
         wanted = grown & (length % page_size == 0)
         new, where = self.pool.take(wanted), (length // page_size)[:, :, None].clamp(max=self.table.shape[2] - 1)
         table = self.get("table")

@@ -102,6 +102,7 @@ class DmsLM(HFLM):
         prefill_chunk: int = 256,
         reserve: float = 0.05,
         deterministic: bool = False,
+        attention: str = "auto",
         seed: int = 0,
         thinking: str = "auto",
         samples: str | SampleStore | None = None,
@@ -137,7 +138,9 @@ class DmsLM(HFLM):
             **template,
         )
         logger.setLevel(before)
-        self.settings = Settings(1024, places, num_pages, page_size, storage, prefill_chunk, reserve, deterministic)
+        self.settings = Settings(
+            1024, places, num_pages, page_size, storage, prefill_chunk, reserve, deterministic, attention
+        )
         self.seed, self.thinking = seed, thinking
         self.graders, self.grader_threads = graders or Graders(), grader_threads
         self.store = SampleStore(Path(samples), writer) if isinstance(samples, str) else samples
@@ -150,7 +153,13 @@ class DmsLM(HFLM):
         if isinstance(policy, FullPolicy) and self.settings.storage == "model":
             with torch.no_grad():
                 return self.model(inps, use_cache=False).logits
-        cache = CompactCache(policy, self.settings.storage, self.settings.page_size, chunk=self.settings.prefill_chunk)
+        cache = CompactCache(
+            policy,
+            self.settings.storage,
+            self.settings.page_size,
+            chunk=self.settings.prefill_chunk,
+            attention=self.settings.attention,
+        )
         with torch.no_grad():
             return self.model(inps, past_key_values=cache, use_cache=True).logits
 
@@ -220,6 +229,8 @@ class DmsLM(HFLM):
         parts: dict[str, Any] = asdict(sampling) | self.attached.identity | {"storage": self.settings.storage}
         if self.settings.deterministic:  # the shapes of the matrices are part of the promise
             parts |= {"deterministic": [self.settings.places, self.settings.prefill_chunk]}
+        if self.settings.attention not in ("auto", "torch"):
+            parts |= {"attention": self.settings.attention}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def _answer(self, jobs: list[Job], gen_kwargs: dict[str, Any]) -> tuple[dict[tuple[str, int], str], list[str]]:

@@ -51,6 +51,7 @@ class LoadedTask:
         kept = ["storage", "deterministic"]
         kept += ["chat"] if self.benchmark else []  # tasks of lm-eval's own are asked in plain text
         kept += ["places"] if self.settings.deterministic else []
+        kept += ["attention"] if self.settings.attention not in ("auto", "torch") else []
         values = {name: getattr(self.settings, name) for name in kept}
         (leaf,) = self.leaves.values() if len(self.leaves) == 1 else (None,)
         generation = dict(leaf.get_config("generation_kwargs") or {}) if leaf is not None else {}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = "examples.jsonl"  # as `evaluation.examples` writes it
 # Of a result's `settings` what says how chains were drawn; the rest is of its task, or of its method.
-_WAY = ("storage", "deterministic", "places", "chat", "thinking", "generation", "limit")
+_WAY = ("storage", "deterministic", "attention", "places", "chat", "thinking", "generation", "limit")
 _NUMBERS = ("accuracy", "perplexity", "measured_cr", "kv_reads", "peak_tokens")
 
 

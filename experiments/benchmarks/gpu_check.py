@@ -16,10 +16,11 @@ import torch
 from experiments.benchmarks import harness
 
 HERE = Path(__file__).parent
-TESTS = ("tests/test_triton_attention.py",)
+TESTS = ("tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_triton_prefill.py")
 BENCHMARKS = {
     "floors": ["floors.measure", "--backend", "triton"],
     "training_attention": ["training_attention.measure", "time"],
+    "paged_attention": ["paged_attention.measure"],
 }
 
 
