@@ -39,10 +39,7 @@ def main() -> int:
         print("error: torch sees no CUDA device here; the same kernels are tested on a CPU by make test", file=sys.stderr)
         return 1
     print(torch.cuda.get_device_name(), torch.__version__, torch.version.cuda)
-    if run(sys.executable, "-m", "pytest", "-q", *TESTS) or run(sys.executable, "-m", "pytest", "-q", "-m", "gpu") not in (
-        0,
-        5,
-    ):
+    if run(sys.executable, "-m", "pytest", "-q", *TESTS):
         print("error: a test failed on this GPU; nothing is timed before it passes", file=sys.stderr)
         return 1
     short = ["--short"] if args.short else []
