@@ -94,32 +94,38 @@ def _chunked_mean(
     of_head: dict[Tensor, Tensor] = {}
     source = hidden.detach().requires_grad_(hidden.requires_grad)
     for part, target in zip(source.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        value, gradients = _chunk(loss, head, part, target, temperature)
-        total = total + value
-        if part in gradients:
-            of_hidden.append(gradients.pop(part))
-        for leaf, gradient in gradients.items():
-            if leaf not in of_head:
-                of_head[leaf] = torch.zeros_like(leaf)
-            of_head[leaf] += gradient
+        total = total + _chunk(loss, head, part, target, temperature, of_hidden, of_head)
     inputs = [*([hidden] if of_hidden else []), *of_head]
     kept = [*([torch.cat(of_hidden)] if of_hidden else []), *of_head.values()]
     return _WithKept.apply(total * (temperature**2 / num_tokens), temperature / num_tokens, kept, *inputs)
 
 
 def _chunk(
-    loss: Loss, head: Head, hidden: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, dict[Tensor, Tensor]]:
-    """The sum over a chunk, and its gradients with respect to every tensor that wants one, but for a factor."""
+    loss: Loss,
+    head: Head,
+    hidden: Tensor,
+    target: Tensor,
+    temperature: float,
+    of_hidden: list[Tensor],
+    of_head: dict[Tensor, Tensor],
+) -> Tensor:
+    """The sum over a chunk; its gradients, but for a factor, are appended to `of_hidden` and added to those `of_head`."""
     logits = head(hidden)
     edge, dtype = get_gradient_edge(logits) if logits.requires_grad else None, logits.dtype
     with torch.no_grad():
         logits = _log_probabilities(logits, temperature)  # what the head gave is gone before the teacher's logits come
         value, slope = loss(logits, target)
     if edge is None:
-        return value, {}
-    wanted = [*([hidden] if hidden.requires_grad else []), *_leaves(edge, hidden.grad_fn)]
-    return value, dict(zip(wanted, torch.autograd.grad(edge, wanted, slope.to(dtype)), strict=True))
+        return value
+    own = _leaves(edge, hidden.grad_fn)
+    moved = [hidden] if hidden.requires_grad else []
+    gradients = torch.autograd.grad(edge, [*own, *moved], slope.to(dtype))
+    of_hidden += gradients[len(own) :]
+    for leaf, gradient in zip(own, gradients, strict=False):
+        if leaf not in of_head:
+            of_head[leaf] = torch.zeros_like(leaf)
+        of_head[leaf] += gradient
+    return value
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:
