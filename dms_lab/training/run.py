@@ -96,7 +96,7 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         accumulate=config.accumulate,
         seed=config.seed,
         attention=config.attention,
-        lm_loss_every=config.log_every,
+        measure_every=config.log_every,
     )
     optimizer = Optimizer(
         config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps, config.decay
