@@ -141,7 +141,10 @@ class RetrofitModule(L.LightningModule):
         for group in groups:
             group["initial_lr"] = group["lr"]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=self.optimizer.betas, weight_decay=self.optimizer.weight_decay
+            [g for g in groups if g["params"]],
+            betas=self.optimizer.betas,
+            weight_decay=self.optimizer.weight_decay,
+            fused=True if self.device.type == "cuda" else None,  # else a copy of all that is trained for a moment
         )
         factor = partial(self.optimizer.factor, steps=self.objective.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
