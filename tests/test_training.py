@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -273,6 +274,35 @@ def test_activations_are_recomputed_where_the_model_says_so(make_config, monkeyp
     plain.loss(data.batch(0), 0).backward()
     for one, two in zip(module.handle.predictors.values(), plain.handle.predictors.values(), strict=True):
         torch.testing.assert_close(one.weight.grad, two.weight.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_norms_and_mlps_are_compiled_on_demand_without_a_break_and_the_time_is_told(
+    make_config, monkeypatch, caplog, backend
+):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_whole(part):
+        compiled.append(type(part).__name__)
+        compile_module(part, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    model = dataclasses.replace(make_config().model, gradient_checkpointing=True)
+    gradients = []
+    for is_compiled in (False, True):
+        config = make_config(model=model, trained="all", compile=is_compiled)
+        module, _ = build_module(config)
+        module.on_fit_start()
+        batch = run.RetrofitData(config, run.models.load_tokenizer(config.model)).batch(0)
+        with caplog.at_level("INFO", "dms_lab"), run.compile_time_told():
+            module.loss(batch, 5).backward()
+        gradients.append({name: p.grad for name, p in module.trained.items()})
+    assert compiled == 4 * ["Qwen3MLP", "Qwen3RMSNorm", "Qwen3RMSNorm"]  # two layers of student and teacher
+    none, some = (float(seconds) for seconds in re.findall(r"torch.compile took (\d+\.\d) s", caplog.text))
+    assert none == 0 < some
+    plain, fast = gradients
+    for name, found in fast.items():
+        torch.testing.assert_close(found, plain[name], atol=1e-4 * float(plain[name].abs().max()) + 1e-9, rtol=0)
 
 
 def test_lines_of_steps_that_come_again_are_dropped_on_resuming(make_config, monkeypatch):
