@@ -173,7 +173,7 @@ class Retrofit:
             kwargs = kwargs | {"dms": self._plan(args, kwargs)}
         plan: ForwardPlan = kwargs["dms"]
         switch_lora(self._lora, plan.mode != "off")
-        if plan.mode != "off":
+        if plan.mode != "off" or plan.document is not None:
             # The plan knows what is padding. A mask of four dimensions is handed on as it is, so that the model builds
             # none: one of queries times all columns would grow with the context.
             kwargs = kwargs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=self.model.device)}

@@ -35,7 +35,8 @@ class Relaxation:
 
     `noise_key` = (seed, step, micro-batch) seeds the logistic noise of each layer; None draws none. With `decides` off
     nothing is evicted: the stage in which the neuron fades. A model with the neuron predictor multiplies the neuron by
-    `neuron_keep`. Filled per layer: `evict_probability` [B, K or 1, T], and `evict`, the noiseless hard decisions.
+    `neuron_keep`. Filled per layer: `evict_probability` [B, K or 1, T], and `evict`, the noiseless hard decisions; the
+    noise, which a recomputation in the backward finds again.
 
     No dataclass: FSDP2 looks for tensors in the dataclasses that a layer is given, and hands it a copy of those that hold
     some, so what a layer leaves here would be lost.
@@ -45,11 +46,26 @@ class Relaxation:
         self.noise_key, self.neuron_keep, self.decides = noise_key, neuron_keep, decides
         self.evict_probability: dict[int, Tensor] = {}
         self.evict: dict[int, Tensor] = {}
+        self._noise: dict[int, Tensor] = {}
+
+    def noisy(self, layer_idx: int, logits: Tensor) -> Tensor:
+        """The logits of a layer with its noise, drawn at its first forward."""
+        if layer_idx not in self._noise:
+            generator = eviction.noise_generator(*self.noise_key, layer_idx)
+            self._noise[layer_idx] = sent(eviction.logistic_noise(tuple(logits.shape), generator), logits.device)
+        return logits + self._noise[layer_idx]
 
     def note(self, layer_idx: int, probability: Tensor, evict: Tensor) -> None:
         """Keeps a layer's decisions; the first forward counts, a recomputation in the backward does not."""
         self.evict_probability.setdefault(layer_idx, probability)
         self.evict.setdefault(layer_idx, evict)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`; one of the CPU goes to a GPU without waiting for what that has still to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass
@@ -154,9 +170,8 @@ def _relaxed_log_keep(layer_idx: int, logits: Tensor | None, plan: ForwardPlan, 
         relaxation.note(layer_idx, torch.zeros_like(governed), torch.zeros_like(evict))
         return None
     if relaxation.noise_key is not None:
-        generator = eviction.noise_generator(*relaxation.noise_key, layer_idx)
-        noise = eviction.logistic_noise(tuple(logits.shape), generator).to(logits.device)
-        governed = eviction.govern(logits + noise, config.decided_by, config.window, plan.document)
+        noisy = relaxation.noisy(layer_idx, logits)
+        governed = eviction.govern(noisy, config.decided_by, config.window, plan.document)
     zero = torch.zeros((), device=governed.device)
     relaxation.note(layer_idx, eviction.evict_probability(governed, zero, config.tau), evict)
     return eviction.log_keep(governed, zero, config.tau).expand(-1, num_kv_heads, -1)

@@ -41,13 +41,14 @@ class Resources:
 
     `nodes` is the run's `num_nodes`, as null is. A job is told `signal_delay_s` seconds before `timeout_min` minutes are
     over, saves, and is queued again, `max_num_timeout` times. `setup`: shell lines before it. `additional_parameters`: of
-    sbatch.
+    sbatch. `gpu_memory_gb` of 1e9 bytes is what a plan compares a training with; Slurm is not asked for it.
     """
 
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     gpus_per_node: int | None = None
+    gpu_memory_gb: float | None = None
     nodes: int | None = None
     cpus_per_task: int | None = None
     mem_gb: float | None = None
@@ -206,7 +207,8 @@ def build_resources(values: dict[str, Any], where: str = "resources.", also: Seq
     if not isinstance(more, dict | None):
         raise ValueError(f"{where}additional_parameters={more!r} must be a mapping of sbatch's options, e.g. {{nice: 100}}")
     made = dataclasses.replace(_build(Resources, values, where, also), additional_parameters=more)
-    for name in ("nodes", "cpus_per_task", "mem_gb", "timeout_min", "array_parallelism", "signal_delay_s"):
+    numbers = ("nodes", "cpus_per_task", "mem_gb", "gpu_memory_gb", "timeout_min", "array_parallelism", "signal_delay_s")
+    for name in numbers:
         if getattr(made, name) is not None and getattr(made, name) <= 0:
             raise ValueError(f"{where}{name}={getattr(made, name):g} must be above 0")
     if {"timeout_min", "signal_delay_s"} <= set(values) and made.timeout_min * 60 < 2 * made.signal_delay_s:

@@ -88,3 +88,13 @@ def test_the_dearer_ways_of_training_cost_more_and_floors_follow_the_ceilings():
     assert whole.flops - frozen.flops == pytest.approx(2 * 4096 * weights)  # gradients of the weights
     ceilings = counts.Ceilings(flops=2e12, bandwidth=1e11)
     assert counts.Work(4e12, 5e11).floors(ceilings) == (2.0, 5.0)
+
+
+@pytest.mark.parametrize("name", counts.SHAPES)
+def test_teacher_and_student_in_one_pass_gain_nothing_at_the_lengths_of_the_recipes(name):
+    h100 = counts.Ceilings(989e12, 3.35e12)
+    for num_rows in (4096, 8192, 32768):
+        two, one = counts.passes(counts.SHAPES[name], num_rows, 2, h100)
+        assert one == pytest.approx(two)
+    two, one = counts.passes(counts.SHAPES[name], 16, 2, h100)
+    assert one < 0.6 * two

@@ -221,6 +221,19 @@ def test_the_plan_says_what_memory_runs_take_and_that_one_gpu_evaluates(working_
     assert "it holds all weights, up to 32.8 GB" in text
 
 
+def test_the_plan_says_which_runs_would_not_fit_their_gpu_and_refuses_none(working_folder, capsys):
+    large = ["model=qwen3_8b", "eval_after=false"]
+    folder = write_sweep(large, [*large, "trained=all", "model.dtype=float32"], TINY, cluster="slurm")
+    assert main(["submit", str(folder), "--dry-run"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "at the peak of a step, qwen3_8b trained=adapter, 1 x 32,768 tokens: 35.3 GB (16.4 GB of it weights" in text
+    assert "warning: qwen3_8b trained=all, 1 x 32,768 tokens would not fit the 80 GB of gpu_memory_gb" in text
+    assert text.count("warning") == 1
+    assert "tiny trained" not in text
+    assert main(["submit", str(folder), "resources.gpu_memory_gb=180", "--dry-run"]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_hours_are_those_that_the_sweep_itself_has_measured_where_it_has(working_folder, capsys):
     folder = write_sweep([*TINY, "seed=0,1"])
     [first, _] = points_of(folder)

@@ -1,8 +1,10 @@
 """Training goes on where it stopped, bit for bit, and leaves what it promised."""
 
 import dataclasses
+import gc
 import json
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -113,6 +115,38 @@ def test_only_predictors_are_trained_and_saved_by_default(make_config):
     assert all("dms_predictor" in name for name in module.trained_names)
     saved = weights(train(make_config(), progress=False))
     assert set(saved) == module.trained_names
+
+
+@pytest.mark.parametrize("trained", ["adapter", "lora"])
+def test_a_frozen_base_stays_in_bfloat16_and_small_steps_of_what_is_trained_are_kept(make_config, monkeypatch, trained):
+    config = make_config(trained=trained, lr=3e-5, adapter_lr=3e-5)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    seen, before = [], {id(x) for x in gc.get_objects() if isinstance(x, torch.Tensor)}
+
+    class Looks(GracefulStop):
+        def on_train_batch_end(self, trainer, module, *rest):
+            super().on_train_batch_end(trainer, module, *rest)
+            base = [p for n, p in module.model.named_parameters() if n not in module.trained_names]
+            assert {p.dtype for p in base} == {torch.bfloat16}
+            assert not any(p.requires_grad or p.grad is not None for p in base)
+            assert {p.dtype for p in module.trained.values()} == {torch.float32}
+            [optimizer] = trainer.optimizers
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            assert {id(p) for p in held} == {id(p) for p in module.trained.values()}
+            assert {m.dtype for state in optimizer.state.values() for m in state.values()} == {torch.float32}
+            shapes = {p.shape for p in base if p.ndim > 1}
+            alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and id(x) not in before]
+            assert not [x.shape for x in alive if x.dtype == torch.float32 and x.shape in shapes]
+            seen.append(len(base))
+
+    monkeypatch.setattr(run, "GracefulStop", Looks)
+    saved = weights(train(config, progress=False))
+    assert len(seen) == 6
+    norms = [tensor for name, tensor in saved.items() if name.endswith("norm_weight")]
+    assert norms
+    for norm in norms:  # they begin at 1, beside which bfloat16 has nothing nearer than 0.004
+        assert 0 < (norm - 1).abs().max() < 6 * 3e-5 * 1.01
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_lora_leaves_the_teacher_what_it_was_and_is_saved_with_the_predictors(make_config, base_folder):
@@ -240,6 +274,35 @@ def test_activations_are_recomputed_where_the_model_says_so(make_config, monkeyp
     plain.loss(data.batch(0), 0).backward()
     for one, two in zip(module.handle.predictors.values(), plain.handle.predictors.values(), strict=True):
         torch.testing.assert_close(one.weight.grad, two.weight.grad)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_norms_and_mlps_are_compiled_on_demand_without_a_break_and_the_time_is_told(
+    make_config, monkeypatch, caplog, backend
+):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def compile_whole(part):
+        compiled.append(type(part).__name__)
+        compile_module(part, backend=backend, fullgraph=True)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+    model = dataclasses.replace(make_config().model, gradient_checkpointing=True)
+    gradients = []
+    for is_compiled in (False, True):
+        config = make_config(model=model, trained="all", compile=is_compiled)
+        module, _ = build_module(config)
+        module.on_fit_start()
+        batch = run.RetrofitData(config, run.models.load_tokenizer(config.model)).batch(0)
+        with caplog.at_level("INFO", "dms_lab"), run.compile_time_told():
+            module.loss(batch, 5).backward()
+        gradients.append({name: p.grad for name, p in module.trained.items()})
+    assert compiled == 4 * ["Qwen3MLP", "Qwen3RMSNorm", "Qwen3RMSNorm"]  # two layers of student and teacher
+    none, some = (float(seconds) for seconds in re.findall(r"torch.compile took (\d+\.\d) s", caplog.text))
+    assert none == 0 < some
+    plain, fast = gradients
+    for name, found in fast.items():
+        torch.testing.assert_close(found, plain[name], atol=1e-4 * float(plain[name].abs().max()) + 1e-9, rtol=0)
 
 
 def test_lines_of_steps_that_come_again_are_dropped_on_resuming(make_config, monkeypatch):

@@ -14,6 +14,7 @@ from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_paramet
 from dms_lab.sweeping.shapes import shape_of
 from dms_lab.sweeping.slurm import job_name
 from dms_lab.sweeping.state import PointState
+from dms_lab.sweeping.step_memory import step_memory
 from dms_lab.sweeping.tables import console
 
 
@@ -30,7 +31,7 @@ def print_plan(sweep: SweepConfig, states: Sequence[PointState]) -> None:
     for row in [*found, *([_total(found)] if len(found) > 1 else [])]:
         table.add_row(*_cells(row))
     out.print(table)
-    for line in (*_jobs(sweep, todo), *_working(sweep, todo), *assumptions(found)):
+    for line in (*_jobs(sweep, todo), *_working(sweep, todo), *_gpu_memory(sweep, todo), *assumptions(found)):
         out.print(line, highlight=False, markup=False)
 
 
@@ -87,6 +88,31 @@ def _working(sweep: SweepConfig, points: Sequence[Point]) -> list[str]:
             f"{size(max(shared))}, and the caches, while the job's other GPUs wait. With eval_after=false a part with "
             "command: evaluate and checkpoint=<run> is a job of one GPU for benchmarks"
         )
+    return lines
+
+
+def _gpu_memory(sweep: SweepConfig, points: Sequence[Point]) -> list[str]:
+    """The peak of a GPU in training, a line for each kind of run, and a warning where it is more than the GPU has."""
+    cluster = load_cluster(sweep.cluster)
+    kinds: dict[str, tuple[float, float | None]] = {}
+    for point in points:
+        config = point.config
+        shape = shape_of(config.model) if point.command == "train" else None
+        if shape is None or shape.num_parameters < cost.SMALL:
+            continue
+        found = step_memory(config, shape)
+        words = f"{config.model.name} trained={config.trained}, {config.batch_size} x {config.context:,} tokens"
+        words += f", {num_processes(config)} GPUs, {config.strategy}" if num_processes(config) > 1 else ""
+        words += f": {size(found.peak)} ({size(found.kept)} of it weights and what is kept of them)"
+        kinds[words] = (found.peak, resources_of(point, sweep, cluster).gpu_memory_gb)
+    lines = [f"memory of a GPU at the peak of a step, {words}" for words in kinds]
+    for words, (peak, limit) in kinds.items():
+        if limit is not None and peak > limit * 1e9:
+            lines.append(
+                f"warning: {words.partition(':')[0]} would not fit the {limit:g} GB of gpu_memory_gb; lower batch_size or "
+                "context, train less (trained=adapter), keep model.gradient_checkpointing, or cut the weights "
+                "(strategy=fsdp devices=8)"
+            )
     return lines
 
 

@@ -198,14 +198,9 @@ class ProgressBar(L.Callback):
         self._task = self._bar.add_task("", total=trainer.max_steps, completed=trainer.global_step, cr=1, target=1, kl=0)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: RetrofitModule, *_: Any) -> None:
-        last = module.last
-        self._bar.update(
-            self._task,
-            completed=trainer.global_step,
-            cr=float(last["cr_hard"]),
-            target=float(last["target_cr"]),
-            kl=float(last["kl"]),
-        )
+        found = {"cr": "cr_hard", "target": "target_cr", "kl": "kl"}  # read in steps that measure: it waits for the device
+        measured = {field: float(module.last[name]) for field, name in found.items() if name in module.last}
+        self._bar.update(self._task, completed=trainer.global_step, **measured)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self._bar.stop()

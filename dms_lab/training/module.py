@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dms_lab import distillation, eviction
 from dms_lab.attachment import Retrofit, retrofit
-from dms_lab.attention_function import PREDICTOR, ForwardPlan, Relaxation
+from dms_lab.attention_function import PREDICTOR, ForwardPlan, Relaxation, sent
 from dms_lab.checkpoint import trained_parameters
 from dms_lab.structure import output_head
 
@@ -44,7 +44,7 @@ class Objective:
     seed: int = 0
     attention: str = "auto"
     chunk_tokens: int = 1024
-    lm_loss_every: int = 1
+    measure_every: int = 1
 
     def cr_at(self, step: int) -> float:
         """Compression ratio aimed at in `step`; it starts to rise when the neuron, if there is one, has faded."""
@@ -141,7 +141,10 @@ class RetrofitModule(L.LightningModule):
         for group in groups:
             group["initial_lr"] = group["lr"]
         optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], betas=self.optimizer.betas, weight_decay=self.optimizer.weight_decay
+            [g for g in groups if g["params"]],
+            betas=self.optimizer.betas,
+            weight_decay=self.optimizer.weight_decay,
+            fused=True if self.device.type == "cuda" else None,  # else a copy of all that is trained for a moment
         )
         factor = partial(self.optimizer.factor, steps=self.objective.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -153,17 +156,19 @@ class RetrofitModule(L.LightningModule):
         if turn == 0 and self.global_step == self.objective.neuron_zeroing_steps:
             self.handle.clear_neuron()
         micro_batch = turn * self.trainer.world_size + self.global_rank
-        batch = self.trainer.datamodule.batch(self.global_step, micro_batch)
-        batch = {key: value.to(self.device) for key, value in batch.items()}
-        return self.loss(batch, self.global_step, micro_batch)
+        return self.loss(self.trainer.datamodule.batch(self.global_step, micro_batch), self.global_step, micro_batch)
 
     def loss(self, batch: dict[str, Tensor], step: int, micro_batch: int = 0) -> Tensor:
         """Distillation plus retention loss of one packed batch; what was measured on the way is left in `last`.
 
-        `micro_batch` is its number within the step, over all processes.
+        `micro_batch` is its number within the step, over all processes. What is counted in a batch on the CPU makes nobody
+        wait for a GPU. Every `measure_every` steps, and in the last, `last` holds what the decisions were as well.
         """
-        objective, document = self.objective, batch["document"]
-        cr, real = objective.cr_at(step), document >= 0
+        objective = self.objective
+        cr = objective.cr_at(step)
+        target, real = self._target(cr, batch["document"]), _real_tokens(batch["document"])
+        batch = {name: sent(batch[name], self.device) for name in ("ids", "document", "position_ids")}
+        document, real = batch["document"], real if real is None else sent(real, self.device)
         relaxation = Relaxation(
             noise_key=(objective.seed, step, micro_batch),
             neuron_keep=objective.neuron_keep(step),
@@ -174,52 +179,48 @@ class RetrofitModule(L.LightningModule):
             teacher_hidden = self._hidden(teacher_handle.model, batch, teacher_handle.off(document, objective.attention))
         hidden = self._hidden(self.model, batch, self.handle.soft(relaxation, document, objective.attention))
         kd = distillation.kl_loss(
-            hidden[real],
-            teacher_hidden[real],
+            _chosen(hidden, real),
+            _chosen(teacher_hidden, real),
             output_head(self.model),
             output_head(teacher_handle.model),
             direction=objective.kl_direction,
             chunk_tokens=objective.chunk_tokens,
         )
-        target = self._target(cr, document)
         probabilities = [relaxation.evict_probability[i] for i in sorted(relaxation.evict_probability)]
-        retention = eviction.retention_loss(probabilities, real, target, objective.retention)
-        is_due = (step + 1) % objective.lm_loss_every == 0 or step + 1 == objective.steps
-        self._measure(batch, relaxation, hidden.detach() if is_due else None)
-        self.last |= {
-            "kl": kd.detach(),
-            "retention_loss": retention.detach(),
-            "target_cr": torch.tensor(cr),
-            "evict_target": torch.tensor(target),
-        }
+        retention = eviction.retention_loss(probabilities, document >= 0, target, objective.retention)
+        self.last = {"tokens": (document >= 0).sum()}
+        if (step + 1) % objective.measure_every == 0 or step + 1 == objective.steps:
+            self.last |= self._measured(batch, relaxation, hidden.detach())
+            self.last |= {
+                "kl": kd.detach(),
+                "retention_loss": retention.detach(),
+                "target_cr": torch.tensor(cr),
+                "evict_target": torch.tensor(target),
+            }
         return kd + objective.retention_weight * retention
 
     @torch.no_grad()
-    def _measure(self, batch: dict[str, Tensor], relaxation: Relaxation, hidden: Tensor | None) -> None:
-        """Leaves in `last` what the decisions of this batch were, relaxed and hard, and the loss of `hidden`."""
+    def _measured(self, batch: dict[str, Tensor], relaxation: Relaxation, hidden: Tensor) -> dict[str, Tensor]:
+        """What the decisions of this batch were, relaxed and hard, and the language model's loss."""
         document, window = batch["document"], self.handle.config.window
         real = document >= 0
         soft, hard = (
             [found[i].detach().float() for i in sorted(found)] for found in (relaxation.evict_probability, relaxation.evict)
         )
         self.last_evicted = torch.stack([_mean_over_real(e, real) for e in hard])  # [L, K or 1]
-        self.last = {
+        follows = real[:, 1:] & (document[:, 1:] == document[:, :-1])
+        labels = batch["ids"][:, 1:][follows]
+        return {
             "cr_soft": eviction.live_ratio(soft, document, window),
             "cr_hard": eviction.live_ratio(hard, document, window),
             "evicted_soft": torch.stack([_mean_over_real(e, real).mean() for e in soft]).mean(),
             "evicted_hard": self.last_evicted.mean(),
-            "tokens": real.sum(),
+            "lm_loss": distillation.lm_loss(hidden[:, :-1][follows], labels, output_head(self.model)),
         }
-        if hidden is not None:
-            follows = real[:, 1:] & (document[:, 1:] == document[:, :-1])
-            labels = batch["ids"][:, 1:][follows]
-            self.last["lm_loss"] = distillation.lm_loss(hidden[:, :-1][follows], labels, output_head(self.model))
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], plan: ForwardPlan) -> Tensor:
-        # The all-ones mask keeps transformers from building a T x T mask for packed positions: the plan knows better.
         return model.get_decoder()(
             input_ids=batch["ids"],
-            attention_mask=torch.ones_like(batch["ids"]),
             position_ids=batch["position_ids"],
             use_cache=False,
             dms=plan,
@@ -229,6 +230,18 @@ class RetrofitModule(L.LightningModule):
         """Wanted share of evicted decisions, for the documents that this batch really holds."""
         num_tokens, num_old = (document >= 0).sum(), eviction.old_tokens(document, self.handle.config.window).sum()
         return eviction.evict_target(cr, int(num_tokens), int(num_old), self.objective.count)
+
+
+def _real_tokens(document: Tensor) -> Tensor | None:
+    """The places of real tokens in a batch's rows end to end; None if all are real."""
+    real = document.flatten() >= 0
+    return None if bool(real.all()) else real.nonzero()[:, 0]
+
+
+def _chosen(hidden: Tensor, places: Tensor | None) -> Tensor:
+    """Of [B, T, d] the tokens at these places, [N, d]."""
+    rows = hidden.flatten(0, 1)
+    return rows if places is None else rows.index_select(0, places)
 
 
 def _mean_over_real(probability: Tensor, real: Tensor) -> Tensor:

@@ -7,11 +7,15 @@ import copy
 import json
 import logging
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from transformers import PreTrainedModel
 
 from dms_lab import models, results
 from dms_lab.attachment import retrofit
@@ -19,6 +23,7 @@ from dms_lab.checkpoint import fingerprint
 from dms_lab.config import TrainConfig, config_hash, run_folder
 from dms_lab.evaluation.evaluated import EVALUATED, PART
 from dms_lab.policies.dms import DmsConfig
+from dms_lab.structure import decoder_layers
 from dms_lab.threads import set_threads
 from dms_lab.tracking import Tracker, closing
 from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
@@ -84,6 +89,9 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
     handle = retrofit(model, policy_config(config))
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        for each in (model, teacher) if teacher is not None else (model,):
+            compile_parts(each)
     objective = Objective(
         cr=config.cr,
         steps=config.steps,
@@ -96,12 +104,39 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         accumulate=config.accumulate,
         seed=config.seed,
         attention=config.attention,
-        lm_loss_every=config.log_every,
+        measure_every=config.log_every,
     )
     optimizer = Optimizer(
         config.lr, config.adapter_lr, config.betas, config.weight_decay, config.warmup_steps, config.decay
     )
     return RetrofitModule(handle, teacher, config.trained, objective, optimizer), base
+
+
+def compile_parts(model: PreTrainedModel) -> None:
+    """Norms and MLPs of the decoder layers are compiled when they first run.
+
+    Not attention: its plan draws noise from a generator, looks at documents, and has kernels of its own.
+    """
+    for layer in decoder_layers(model.get_decoder()):
+        for part in layer.children():
+            if not hasattr(part, "layer_idx"):
+                part.compile()
+
+
+@contextmanager
+def compile_time_told() -> Iterator[None]:
+    """Logs at the end what `torch.compile` took inside, in seconds."""
+    from torch._dynamo.callback import callback_handler
+
+    started, ended = [], []
+    start = callback_handler.register_start_callback(lambda _: started.append(time.monotonic()))
+    end = callback_handler.register_end_callback(lambda _: ended.append(time.monotonic()))
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)
+        _log.info("compile=true: torch.compile took %.1f s of this run", sum(ended) - sum(started[: len(ended)]))
 
 
 def _check_folder(folder: Path, config: TrainConfig) -> None:
@@ -175,7 +210,7 @@ def _train(config: TrainConfig, world: World, folder: Path, stop: GracefulStop, 
     ]
     trainer = build_trainer(config, world, callbacks)
     with closing(tracker):  # last of all: it may have to wait for a network
-        with stop.listening():
+        with stop.listening(), compile_time_told() if config.compile else nullcontext():
             trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
         if stop.stopped_by and trainer.global_step < config.steps:
             return Outcome(folder, False, stop.stopped_by, world.is_first)

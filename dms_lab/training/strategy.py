@@ -87,7 +87,7 @@ def shard(module: RetrofitModule, mesh: DeviceMesh) -> None:
 
     A decoder layer's weights are whole while it runs, forward and backward. All others (embeddings, output head, final
     norm) are whole from the beginning of `loss` to the end of its backward, because the loss applies the head outside any
-    model's forward, and once more where its logits are recomputed. So `module.loss` must be called, not its parts.
+    model's forward. So `module.loss` must be called, not its parts.
     """
     for teacher in module.teacher_handles:
         module.add_module("teacher", teacher.model)  # one root for both models

@@ -165,6 +165,13 @@ def training_step(shape: Shape, batch: int, context: int, itemsize: int, trained
     return work
 
 
+def passes(shape: Shape, num_rows: int, itemsize: int, ceilings: Ceilings) -> tuple[float, float]:
+    """Seconds of a layer's matrix products for teacher and student: one after the other; and with weights read once."""
+    one = matrices(shape, num_rows, itemsize)
+    both = Work(2 * one.flops, 2 * one.bytes - itemsize * shape.layer_weights)
+    return 2 * max(one.floors(ceilings)), max(both.floors(ceilings))
+
+
 def decode_step(shape: Shape, batch: int, live_tokens: float, itemsize: int) -> Work:
     """A token for each sequence: every weight once, live slots once a sequence, the logits."""
     layer = matrices(shape, batch, itemsize) + decode_attention(shape, batch, live_tokens, itemsize)
