@@ -21,6 +21,7 @@ BENCHMARKS = {
     "floors": ["floors.measure", "--backend", "triton"],
     "training_attention": ["training_attention.measure", "time"],
     "paged_attention": ["paged_attention.measure"],
+    "distillation_loss": ["distillation_loss.measure"],
 }
 
 

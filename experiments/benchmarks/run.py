@@ -16,6 +16,7 @@ COMMANDS = {
     "floors": ["floors.measure"],
     "training_attention": ["training_attention.measure"],
     "decode_cpu": ["decode_cpu.short"],
+    "distillation_loss": ["distillation_loss.measure"],
     "growth": ["growth.measure"],
 }
 

@@ -1,16 +1,15 @@
-"""The distillation loss against the same with its logits recomputed in the backward: python measure.py [--short] [--device]
+"""The distillation loss: python -m experiments.benchmarks.distillation_loss.measure [--short] [--device cuda]
 
-    random hidden states of student and teacher, two heads -> kl_loss and its backward, contestants take turns -> medians
-
-Writes results.json beside this file (hardware, threads, versions, revision), --short into runs/, and prints a table.
+random hidden states of student and teacher, two heads -> kl_loss and its backward, against the same with its logits
+computed again in the backward; contestants take turns
 """
 
 import argparse
-import json
-import platform
+import functools
 import statistics
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,26 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dms_lab import distillation
-from dms_lab.results import git_revision, versions
+from experiments.benchmarks import harness
 
 FOLDER = Path(__file__).parent
-# name: tokens, hidden width, vocabulary, tokens of a chunk
+
+
+class Case(NamedTuple):
+    """Sizes: tokens, hidden width, vocabulary, tokens of a chunk."""
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    chunk: int
+
+
 CASES = {
-    "embedded model": (2048, 128, 1024, 1024),
-    "32k vocabulary": (512, 512, 32768, 128),
-    "32k vocabulary, wide": (256, 2048, 32768, 128),
+    "embedded model": Case(2048, 128, 1024, 1024),
+    "32k vocabulary": Case(512, 512, 32768, 128),
+    "32k vocabulary, wide": Case(256, 2048, 32768, 128),
 }
-SHORT = {"short": (64, 16, 100, 16)}
+SHORT = {"embedded model": CASES["embedded model"], "8k vocabulary": Case(256, 256, 8192, 128)}
 
 
 def recomputed(hidden: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor, chunk: int) -> Tensor:
@@ -50,54 +59,49 @@ def kept(hidden: Tensor, teacher: Tensor, head: Tensor, teacher_head: Tensor, ch
     )
 
 
-def measure(case: tuple[int, int, int, int], is_trained: bool, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of both, and the ratio; with `is_trained` the head gets a gradient too."""
-    num_tokens, width, vocabulary, chunk = case
+def measure(name: str, case: Case, is_trained: bool, args: argparse.Namespace) -> list[harness.Row]:
+    """Seconds of both; with `is_trained` the head gets a gradient too."""
     make = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-    hidden, teacher = torch.randn(num_tokens, width, **make).requires_grad_(), torch.randn(num_tokens, width, **make)
-    head, teacher_head = (torch.randn(vocabulary, width, **make) * width**-0.5 for _ in range(2))
+    hidden, teacher = (torch.randn(case.tokens, case.hidden, **make) for _ in range(2))
+    head, teacher_head = (torch.randn(case.vocabulary, case.hidden, **make) * case.hidden**-0.5 for _ in range(2))
+    hidden.requires_grad_()
     head.requires_grad_(is_trained)
-    taken: dict[str, list[float]] = {"recomputed": [], "kept": []}
-    for turn in range(args.turns + 1):
-        for function in (recomputed, kept):
-            hidden.grad = head.grad = None
-            started = time.perf_counter()
-            function(hidden, teacher, head, teacher_head, chunk).backward()
-            if hidden.is_cuda:
-                torch.cuda.synchronize()
-            if turn:  # the first warms up
-                taken[function.__name__].append(time.perf_counter() - started)
-    found = {name: statistics.median(values) for name, values in taken.items()}
-    return found | {"ratio": found["recomputed"] / found["kept"]}
+
+    def run(function: Callable[..., Tensor]) -> None:
+        hidden.grad = head.grad = None
+        function(hidden, teacher, head, teacher_head, case.chunk).backward()
+
+    calls = {function.__name__: functools.partial(run, function) for function in (kept, recomputed)}
+    taken = harness.take_turns(calls, args.rounds, args.device)
+    place = f"{name}, {'trained' if is_trained else 'frozen'} head"
+    return [harness.Row(place, who, taken[who], "recomputed", notes=case._asdict()) for who in calls]
+
+
+def print_table(rows: Sequence[harness.Row]) -> None:
+    """Medians of both, and how many times faster the package is, as Markdown."""
+    middle = {(row.case, row.name): 1e3 * statistics.median(row.values) for row in rows}
+    cells = []
+    for row in rows:
+        if row.name == "kept":
+            both = middle[row.case, "recomputed"], middle[row.case, "kept"]
+            ratio = 1 / harness.ratios(rows)[row.case, "kept"]
+            cells.append([row.case, *row.notes.values(), *(f"{ms:,.1f}" for ms in both), f"{ratio:.2f}"])
+    head = ("case", *Case._fields, "recomputed ms", "kept ms", "ratio")
+    print(harness.table(head, cells))
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="that it runs, not what it measures")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = harness.parser(__doc__, FOLDER)
     parser.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     rows = []
     for name, case in (SHORT if args.short else CASES).items():
         for is_trained in (False, True):
-            sizes = dict(zip(("tokens", "hidden", "vocabulary", "chunk"), case, strict=True))
-            rows.append({"case": name, "trained head": is_trained, **sizes, **measure(case, is_trained, args)})
-    found = {"machine": platform.processor() or platform.machine(), "device": args.device, "dtype": args.dtype}
-    found |= {"threads": torch.get_num_threads(), "versions": versions(), "git_revision": git_revision(), "rows": rows}
-    path = Path("runs/benchmarks/distillation_loss.json") if args.short else FOLDER / "results.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-    print("| case | tokens | hidden | vocabulary | chunk | head | recomputed ms | kept ms | ratio |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        sizes = " | ".join(f"{row[name]:,}" for name in ("tokens", "hidden", "vocabulary", "chunk"))
-        print(
-            f"| {row['case']} | {sizes} | {'trained' if row['trained head'] else 'frozen'} | "
-            f"{1e3 * row['recomputed']:,.1f} | {1e3 * row['kept']:,.1f} | {row['ratio']:.2f} |"
-        )
-    print(f"\nresults: {path}")
+            rows += measure(name, case, is_trained, args)
+    print_table(rows)
+    harness.write(harness.out(args), rows, args.device, dtype=args.dtype)
 
 
 if __name__ == "__main__":
