@@ -17,6 +17,7 @@ COMMANDS = {
     "training_attention": ["training_attention.measure"],
     "decode_cpu": ["decode_cpu.short"],
     "distillation_loss": ["distillation_loss.measure"],
+    "where_time_goes": ["where_time_goes.measure"],
     "growth": ["growth.measure"],
 }
 
