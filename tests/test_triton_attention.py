@@ -17,6 +17,7 @@ from experiments.benchmarks import harness
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
+
 from dms_lab.attention.kernels import far, relaxed, spans
 from dms_lab.attention.kernels.tiles import Tile, Tiles
 
