@@ -107,7 +107,10 @@ def case(make_config, name):
     return make_config(model=model, batch_size=batch_size, context=context, window=256, **changes)
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("adapter", "all")
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 @pytest.mark.parametrize("num_layers", [2, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_predicted_peak_of_a_large_model_is_that_of_its_step(make_config, fake, name, num_layers):
     config = case(make_config, name)
