@@ -1,11 +1,13 @@
 """What the benchmarks share: ratios within a run, what is said of two runs, fits; and each kind of measurement once."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from experiments.benchmarks import compare, harness, run
+from experiments.benchmarks import compare, gpu_check, harness, run
 from experiments.benchmarks.growth import measure as growth
 from experiments.benchmarks.harness import Row
 
@@ -62,6 +64,21 @@ def test_a_run_is_held_against_the_committed_one_by_ratios(tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "nothing")])
     assert "--folder" in capsys.readouterr().err
+
+
+def test_a_benchmark_runs_in_a_process_of_its_own_and_is_held_against_the_committed_one(tmp_path):
+    module = [sys.executable, "-m", "experiments.benchmarks.run", "distillation_loss", "--folder", str(tmp_path)]
+    subprocess.run(module, check=True, cwd=harness.ROOT, stdout=subprocess.DEVNULL)
+    assert [path.name for path in tmp_path.iterdir()] == ["distillation_loss"]
+    assert compare.main([str(tmp_path), "--tolerance", "1000"]) == 0
+
+
+def test_without_a_gpu_the_check_says_so_and_nothing_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "run", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check.main() == 1
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_every_benchmark_of_the_list_has_results_that_are_committed():

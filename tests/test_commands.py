@@ -125,6 +125,9 @@ RUN_BY = {
     "make demo": "CI",
     'make demo ARGS="seed=0"': "CI",
     "make test": "CI",
+    "make bench": "test_a_benchmark_runs_in_a_process_of_its_own_and_is_held_against_the_committed_one",
+    "make bench-compare": "test_a_benchmark_runs_in_a_process_of_its_own_and_is_held_against_the_committed_one",
+    "make gpu-check": "test_without_a_gpu_the_check_says_so_and_nothing_is_timed",
     "python -m dms_lab.train model=qwen3_8b cr=8 window=256": "test_absent_weights_are_told_before_anything_runs",
     "python -m dms_lab.train model=tiny data=text data.path=<folder of sources>": (
         "test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out"
