@@ -23,14 +23,18 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 140)
 
 
-def quiet() -> None:
-    """Silences Lightning's and transformers' notices in this process and those it starts; warnings of others remain."""
-    import lightning.pytorch  # noqa: F401  sets its loggers' levels when imported: they must be set after that
+def quiet(trains: bool = False) -> None:
+    """Silences transformers' notices in this process and those it starts; warnings of others remain.
 
+    `trains`: Lightning's as well, whose import takes seconds.
+    """
+    if trains:
+        import lightning.pytorch  # noqa: F401  sets its loggers' levels when imported: they must be set after that
+
+        for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     for notice in _NOTICES:
         warnings.filterwarnings("ignore", message=notice)
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from transformers.utils import logging as transformers_logging
 

@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> None:
     from dms_lab import models
     from dms_lab.terminal import quiet
 
-    quiet()
+    quiet(trains=True)
     models.resolve_path(config.model.path)
     with locked(Path(run_folder(config)), patience_seconds=2) if is_first_rank() else nullcontext():
         from dms_lab.training.run import train

@@ -49,7 +49,7 @@ def stop_that_notes(seen, signalled):
 
 
 def main(plan):
-    quiet()
+    quiet(trains=True)
     torch.set_num_threads(1)
     found = []
     for configs, signalled in pickle.loads(plan.read_bytes()):

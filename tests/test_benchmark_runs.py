@@ -189,13 +189,13 @@ def run_quietly(config):
     evaluate_benchmarks(config)
 
 
-def test_a_run_killed_ten_times_ends_as_one_that_was_not(checkpoint, tmp_path):
+def test_a_run_killed_again_and_again_ends_as_one_that_was_not(checkpoint, tmp_path):
     sampled = {
         "temperature": 1.0,
         "samples": 4,
         "deterministic": True,
         "places": 4,
-        "num_problems": 10,
+        "num_problems": 6,
         "max_tokens": (40, 96),
     }
     evaluate_benchmarks(configure(checkpoint, tmp_path / "whole", width=(1, 4), **sampled))
@@ -203,7 +203,7 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(checkpoint, tmp_path):
     processes.set_forkserver_preload(["dms_lab.evaluation.reasoning"])
     config = configure(checkpoint, tmp_path / "killed", width=(1, 4), **sampled)
     place, rng, counts = tmp_path / "killed" / "samples", random.Random(0), [0]
-    for _ in range(10):
+    for _ in range(6):
         child = processes.Process(target=partial(run_quietly, config))
         child.start()
         wanted = counts[-1] + rng.choice((0, 1, 2, 3))
@@ -221,7 +221,7 @@ def test_a_run_killed_ten_times_ends_as_one_that_was_not(checkpoint, tmp_path):
         for task, run in {(s.task, s.run) for s in whole.summaries()}:
             pairs = zip(killed.samples(task, run), whole.samples(task, run), strict=True)
             assert all(a.ids == b.ids and a.key == b.key for a, b in pairs)
-    assert len(set(counts)) > 4
+    assert len(set(counts)) > 3
 
 
 FOREIGN = {

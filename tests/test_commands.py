@@ -45,12 +45,13 @@ def test_train_ends_with_the_evaluation_and_evaluate_repeats_it(tmp_path):
 
 def test_a_run_is_evaluated_at_other_ratios_than_it_was_trained_for(tmp_path):
     run("train", *SMALL, "eval_after=false", "out=run", cwd=tmp_path)
-    run("evaluate", "checkpoint=run", "cr=2,3", cwd=tmp_path)
+    (tmp_path / "text.py").write_text(Path(subprocess.__file__).read_text()[:12000])
+    run("evaluate", "checkpoint=run", "cr=2,3", "calibrate=text.py", cwd=tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
     assert {(row["method"], row["target_cr"]) for row in rows} == {("dms_dialled", 2.0), ("dms_dialled", 3.0)}
     thresholds = {row["target_cr"]: row["settings"]["threshold"] for row in rows}
     assert thresholds[3.0] < thresholds[2.0]
-    assert "add cr=<ratio>" in run("evaluate", "checkpoint=run", "calibrate=x.txt", cwd=tmp_path, code=1)
+    assert "add cr=<ratio>" in run("evaluate", "checkpoint=run", "calibrate=text.py", cwd=tmp_path, code=1)
 
 
 def test_real_text_goes_in_and_perplexity_at_each_ratio_comes_out(tmp_path, base_folder):

@@ -11,8 +11,9 @@ from dms_lab.config import DataConfig
 from dms_lab.preview import COMPLETION, PROMPT, render
 from dms_lab.tiny.tokenizer import train_tokenizer
 from dms_lab.training import documents
-from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
+from dms_lab.training.data import RetrofitData, check_reachable
 from dms_lab.training.packing import collate
+from dms_lab.training.sources import held_out_documents
 from dms_lab.training.text_files import text_files
 
 # As R1's: thoughts of assistant turns are dropped, the generation prompt opens one.

@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from test_benchmark_runs import checkpoint  # noqa: F401  a fixture
 from test_commands import ROOT, run
 
+from dms_lab import evaluate
 from dms_lab.evaluation.benchmarks import BENCHMARKS, TASKS
+from dms_lab.sweeping.composition import Composer
 
 SMALL = ["eval=reasoning", "limit=2", "threads=1"]
 
@@ -59,13 +63,19 @@ def test_a_model_as_it_is_runs_under_an_untrained_rule(tmp_path):
     [
         ([], "give checkpoint=<a run's folder, or one checkpoint in it>, or eval=reasoning"),
         (["checkpoint=x", "eval=reasoning", "sandbox=none"], "add i_trust_the_code=true"),
-        (["checkpoint=nowhere", "eval=reasoning"], "no checkpoint in nowhere"),
         (["model=tiny", "policy=full", "eval=reasoning", "tasks=dms_aime42"], "there is no task 'dms_aime42'"),
     ],
 )
-def test_what_cannot_be_run_is_told_in_a_sentence(tmp_path, words, message):
-    text = run("evaluate", *words, cwd=tmp_path, code=1)
-    assert message in text
+def test_what_cannot_be_run_is_told(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with Composer() as composer, pytest.raises(ValueError, match=re.escape(message)):
+        evaluate.run(OmegaConf.create(composer.compose("evaluate", words)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_sentence(tmp_path):
+    text = run("evaluate", "checkpoint=nowhere", "eval=reasoning", cwd=tmp_path, code=1)
+    assert text.strip().splitlines()[-1].startswith("error: no checkpoint in nowhere")
     assert "Traceback" not in text
 
 

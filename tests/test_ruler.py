@@ -115,10 +115,10 @@ def test_following_the_assignments_gives_the_answer(tokenizer):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_depths_are_uniform(task):
-    depths = [d for number in range(300) for d in ruler.TASKS[task](random.Random(f"depths {number}")).depths]
+    depths = [d for number in range(150) for d in ruler.TASKS[task](random.Random(f"depths {number}")).depths]
     for quarter in range(4):
         share = sum(quarter <= 4 * d < quarter + 1 for d in depths) / len(depths)
-        assert 0.17 < share < 0.33
+        assert 0.14 < share < 0.36
 
 
 def test_keys_are_many_and_words_stand_once():

@@ -17,8 +17,8 @@ from dms_lab.evaluation.suite import Job, checkpoints_of, measured
 from dms_lab.tiny import corpus
 from dms_lab.tiny.corpus import Document
 from dms_lab.training import documents
-from dms_lab.training.data import held_out_documents
 from dms_lab.training.packing import fit
+from dms_lab.training.sources import held_out_documents
 from dms_lab.training.text_files import text_files
 
 CALIBRATION_TOKENS = 16384

@@ -10,7 +10,7 @@ from dms_lab.checkpoint import METADATA, read_metadata
 from dms_lab.config import ModelConfig, TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.tracking import evaluation_id, log_evaluations
-from dms_lab.training.data import held_out_documents
+from dms_lab.training.sources import held_out_documents
 
 _log = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ class Training:
         from dms_lab import models
         from dms_lab.terminal import quiet
 
-        quiet()
+        quiet(trains=True)
         models.resolve_path(self.config.model.path)
         from dms_lab.training.run import train
 

@@ -27,9 +27,10 @@ from dms_lab.structure import decoder_layers
 from dms_lab.threads import set_threads
 from dms_lab.tracking import Tracker, closing
 from dms_lab.training.callbacks import FamilyCheckpoints, JsonlMetrics, ProgressBar, WeightAverage
-from dms_lab.training.data import RetrofitData, check_reachable, held_out_documents
+from dms_lab.training.data import RetrofitData, check_reachable
 from dms_lab.training.distributed import World, agree, check_same, find_world, gather, in_turn, joined
 from dms_lab.training.module import Objective, Optimizer, RetrofitModule
+from dms_lab.training.sources import held_out_documents
 from dms_lab.training.stopping import LAST, NOTICE_SECONDS, GracefulStop
 from dms_lab.training.strategy import build_trainer, make_mesh, shard
 

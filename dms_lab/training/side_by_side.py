@@ -58,7 +58,7 @@ def _train(config: TrainConfig) -> None:
     """What a process does: one run, whose error is printed as one sentence."""
     from dms_lab.terminal import quiet
 
-    quiet()
+    quiet(trains=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent's SIGTERM is what counts
     try:
         train(replace(config, threads=1), progress=False)
