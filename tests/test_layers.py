@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoint",
         "tiny",
         "chains",
+        "admission",
         "generation",
         "sampling",
         "models",
