@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms_lab import eviction
+from dms_lab.attention.kept import Kept
 from dms_lab.attention.soft import soft_attention
 from dms_lab.cache.policy import LayerState, PolicyCache, Scores
 from dms_lab.policies.dms import DmsConfig, DmsPolicy, NeuronPredictor
@@ -36,17 +37,26 @@ class Relaxation:
     `noise_key` = (seed, step, micro-batch) seeds the logistic noise of each layer; None draws none. With `decides` off
     nothing is evicted: the stage in which the neuron fades. A model with the neuron predictor multiplies the neuron by
     `neuron_keep`. Filled per layer: `evict_probability` [B, K or 1, T], and `evict`, the noiseless hard decisions; the
-    noise, which a recomputation in the backward finds again.
+    noise, and with `keep_attention` what attention computed, which a recomputation in the backward finds again. So it is
+    for one forward, with `keep_attention` of layers that are checkpointed.
 
     No dataclass: FSDP2 looks for tensors in the dataclasses that a layer is given, and hands it a copy of those that hold
     some, so what a layer leaves here would be lost.
     """
 
-    def __init__(self, noise_key: tuple[int, int, int] | None, neuron_keep: float = 0.0, decides: bool = True) -> None:
+    def __init__(
+        self,
+        noise_key: tuple[int, int, int] | None,
+        neuron_keep: float = 0.0,
+        decides: bool = True,
+        keep_attention: bool = False,
+    ) -> None:
         self.noise_key, self.neuron_keep, self.decides = noise_key, neuron_keep, decides
+        self.keep_attention = keep_attention
         self.evict_probability: dict[int, Tensor] = {}
         self.evict: dict[int, Tensor] = {}
         self._noise: dict[int, Tensor] = {}
+        self._attention: dict[int, Kept] = {}
 
     def noisy(self, layer_idx: int, logits: Tensor) -> Tensor:
         """The logits of a layer with its noise, drawn at its first forward."""
@@ -54,6 +64,10 @@ class Relaxation:
             generator = eviction.noise_generator(*self.noise_key, layer_idx)
             self._noise[layer_idx] = sent(eviction.logistic_noise(tuple(logits.shape), generator), logits.device)
         return logits + self._noise[layer_idx]
+
+    def kept(self, layer_idx: int) -> Kept | None:
+        """Where the attention of a layer is kept until it is computed again; None: it is not."""
+        return self._attention.setdefault(layer_idx, []) if self.keep_attention else None
 
     def note(self, layer_idx: int, probability: Tensor, evict: Tensor) -> None:
         """Keeps a layer's decisions; the first forward counts, a recomputation in the backward does not."""
@@ -148,7 +162,8 @@ def _planned(
         state = LayerState(plan.document, logits)
         return DmsPolicy(plan.config).attend(state, query, key, value, scores)[0]
     log_keep = _relaxed_log_keep(module.layer_idx, logits, plan, key)
-    return _soft(query, key, value, log_keep, plan.config.window, plan, scores)
+    kept = None if plan.relaxation is None else plan.relaxation.kept(module.layer_idx)
+    return _soft(query, key, value, log_keep, plan.config.window, plan, scores, kept)
 
 
 def _relaxed_log_keep(layer_idx: int, logits: Tensor | None, plan: ForwardPlan, key: Tensor) -> Tensor | None:
@@ -178,7 +193,14 @@ def _relaxed_log_keep(layer_idx: int, logits: Tensor | None, plan: ForwardPlan, 
 
 
 def _soft(
-    query: Tensor, key: Tensor, value: Tensor, log_keep: Tensor | None, window: int, plan: ForwardPlan, scores: Scores
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_keep: Tensor | None,
+    window: int,
+    plan: ForwardPlan,
+    scores: Scores,
+    kept: Kept | None = None,
 ) -> Tensor:
     return soft_attention(
         query,
@@ -192,4 +214,5 @@ def _soft(
         sinks=scores.sinks,
         sliding_window=scores.sliding_window,
         backend=plan.backend,
+        kept=kept,
     )

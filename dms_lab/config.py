@@ -129,11 +129,12 @@ class TrainConfig:
     num_nodes: int = 1
     strategy: str = "auto"
     compile: bool = False
+    keep_attention: bool = True
 
 
 # These change where a run goes or how it is watched, not what comes out of it.
 _NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval", "sweep"}
-_NOT_HASHED |= {"devices", "num_nodes", "strategy", "compile"}
+_NOT_HASHED |= {"devices", "num_nodes", "strategy", "compile", "keep_attention"}
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
 
 

@@ -83,6 +83,8 @@ def test_the_dearer_ways_of_training_cost_more_and_floors_follow_the_ceilings():
     shape = counts.SHAPES["Qwen3-8B"]
     frozen, checkpointed = (counts.training_step(shape, 1, 4096, 2, "adapter", c) for c in (False, True))
     assert checkpointed.flops > frozen.flops
+    kept = counts.training_step(shape, 1, 4096, 2, "adapter", keep_attention=True)
+    assert checkpointed.flops - kept.flops == shape.num_layers * counts.attention_forward(shape, 1, 4096, 2).flops
     whole = counts.training_step(shape, 1, 4096, 2, "all", False)
     weights = shape.num_layers * shape.layer_weights + shape.vocabulary * shape.hidden
     assert whole.flops - frozen.flops == pytest.approx(2 * 4096 * weights)  # gradients of the weights

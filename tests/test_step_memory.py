@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dms_lab import attention_function, distillation
 from dms_lab.attachment import retrofit
+from dms_lab.attention.kept import once
 from dms_lab.config import ModelConfig
 from dms_lab.sweeping import step_memory
 from dms_lab.sweeping.shapes import shape_of
@@ -30,9 +31,14 @@ class Kernel(torch.autograd.Function):
     """What a fused attention keeps and makes, and nothing of what it computes."""
 
     @staticmethod
-    def forward(ctx, query, key, value, log_keep):
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    def forward(ctx, query, key, value, log_keep, kept):
+        output, lse = once(
+            kept,
+            lambda: (
+                torch.empty_like(query, memory_format=torch.contiguous_format),
+                query.new_empty(query.shape[:3], dtype=torch.float32),
+            ),
+        )
         ctx.save_for_backward(query, key, value, log_keep, output, lse)
         return output
 
@@ -40,15 +46,17 @@ class Kernel(torch.autograd.Function):
     def backward(ctx, grad_output):
         *inputs, _, lse = ctx.saved_tensors
         delta = torch.empty_like(lse)  # noqa: F841
-        return tuple(None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        found = (None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        return *found, None
 
 
 @pytest.fixture
 def fake(monkeypatch):
     """Steps of models that have no weights: what they hold at most, beyond and with what is kept, in bytes."""
 
-    def attend(query, key, value, log_keep, *_, **__):
-        return Kernel.apply(query, key, value, None if log_keep is None else log_keep.expand(key.shape[:3]).contiguous())
+    def attend(query, key, value, log_keep, *_, kept=None, **__):
+        wide = None if log_keep is None else log_keep.expand(key.shape[:3]).contiguous()
+        return Kernel.apply(query, key, value, wide, kept)
 
     monkeypatch.setattr(attention_function, "soft_attention", attend)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # fake parameters cannot be moved
@@ -65,7 +73,9 @@ def fake(monkeypatch):
             handle = retrofit(model, run.policy_config(config))
             if config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            made = RetrofitModule(handle, teacher, config.trained, Objective(8, 100, measure_every=10), Optimizer())
+            is_kept = config.model.gradient_checkpointing and config.keep_attention and config.attention == "triton"
+            objective = Objective(8, 100, measure_every=10, keep_attention=is_kept)
+            made = RetrofitModule(handle, teacher, config.trained, objective, Optimizer())
             return step_peak(made, config, live)
 
     return peak
@@ -89,6 +99,7 @@ def step_peak(made, config, live):
 
 CASES = {
     "adapter": ("Qwen/Qwen3-8B", 1, 32768, "bfloat16", {"trained": "adapter"}),
+    "attention kept": ("Qwen/Qwen3-8B", 1, 32768, "bfloat16", {"trained": "adapter", "attention": "triton"}),
     "lora": ("Qwen/Qwen3-8B", 1, 8192, "bfloat16", {"trained": "lora"}),
     "all": ("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "float32", {"trained": "all"}),
     "all, two micro-batches": (
@@ -107,7 +118,7 @@ def case(make_config, name):
     return make_config(model=model, batch_size=batch_size, context=context, window=256, **changes)
 
 
-FAST = ("adapter", "all")
+FAST = ("adapter", "attention kept", "all")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dms_lab.attention import soft
+from dms_lab.attention_function import Relaxation
 from dms_lab.training import run
 from dms_lab.training.module import Optimizer
 from dms_lab.training.run import build_module, train
@@ -274,6 +276,32 @@ def test_activations_are_recomputed_where_the_model_says_so(make_config, monkeyp
     plain.loss(data.batch(0), 0).backward()
     for one, two in zip(module.handle.predictors.values(), plain.handle.predictors.values(), strict=True):
         torch.testing.assert_close(one.weight.grad, two.weight.grad)
+
+
+@pytest.mark.parametrize("trained", ["adapter", "all"])
+def test_attention_is_computed_once_where_its_output_is_kept_and_nothing_else_changes(make_config, monkeypatch, trained):
+    calls, kept, found = [], [], []
+    compute, keep = soft._chunked_forward, Relaxation.kept
+    monkeypatch.setattr(soft, "_chunked_forward", lambda *x: calls.append(1) or compute(*x))
+    monkeypatch.setattr(Relaxation, "kept", lambda *x: kept.append(keep(*x)) or kept[-1])
+    model = dataclasses.replace(make_config().model, gradient_checkpointing=True)
+    for is_kept in (False, True):
+        config = make_config(model=model, trained=trained, keep_attention=is_kept)
+        module, _ = build_module(config)
+        module.on_fit_start()
+        batch = run.RetrofitData(config, run.models.load_tokenizer(config.model)).batch(0)
+        calls.clear(), kept.clear()
+        loss = module.loss(batch, 3)
+        forward = len(calls)
+        assert [x and len(x) for x in kept] == [1 if is_kept else None] * 2  # of the two layers of the student
+        loss.backward()
+        assert len(calls) - forward == (0 if is_kept else 2)
+        assert not any(kept)
+        found.append({"loss": loss.detach()} | {name: p.grad for name, p in module.trained.items() if p.grad is not None})
+    assert_same(*found)
+    predictors = [name for name in found[0] if name.endswith("dms_predictor.weight")]
+    assert len(predictors) == 2
+    assert all(found[0][name].abs().sum() > 0 for name in predictors)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from dms_lab.attention import reference, soft
 from dms_lab.attention.soft import soft_attention
@@ -165,6 +166,22 @@ def test_the_same_inputs_give_the_same_bits():
     tensors, cotangent = draw(37, 16, dtype=torch.bfloat16)
     first, second = (run("triton", tensors, cotangent, 5, documents(PACKED)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_under_checkpointing_the_forward_runs_once_where_it_is_kept_and_gives_the_same_bits(monkeypatch):
+    tensors, cotangent = draw(20, 16)
+    q, k, v, log_keep, _ = tensors
+    calls, found = [], []
+    forward = relaxed._forward
+    monkeypatch.setattr(relaxed, "_forward", lambda *x: calls.append(1) or forward(*x))
+    for kept in (None, []):
+        calls.clear()
+        settings = {"backend": "triton", "kept": kept, "use_reentrant": False}
+        out = checkpoint(soft_attention, q, k, v, log_keep, 5, documents(((0, 12), (1, 8))), 0.3, **settings)
+        found.append((out.detach().clone(), *torch.autograd.grad((out * cotangent).sum(), (q, k, v, log_keep))))
+        assert len(calls) == (2 if kept is None else 1)
+        assert not kept
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_tensors_as_a_model_gives_them_change_nothing():

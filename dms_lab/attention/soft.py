@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dms_lab.attention import reference
+from dms_lab.attention.kept import Kept, once
 
 BACKENDS = ("auto", "reference", "chunked", "flex", "triton")
 _CHUNK = 64  # queries; on one core a quarter less time than 128 at 512 tokens, and as fast as 32
@@ -74,12 +75,14 @@ def soft_attention(
     sinks: Tensor | None = None,
     sliding_window: int | None = None,
     backend: str = "auto",
+    kept: Kept | None = None,
 ) -> Tensor:
     """Causal attention [B, H, T, D] in which key j gets `log_keep` [B, K, T] from distance `window` on.
 
     `log_keep` is governed already (0: kept, -inf: evicted for sure), [B, 1, T] where the heads share it; None is plain
     attention. `document` [B, T] separates packed documents, -1 is padding, whose rows are 0; None: one unpadded document
     a row. `chunked` and `triton` are differentiable once; `chunked` computes in float32 or better, under autocast too.
+    With a list `kept`, empty at first, these two compute once for a forward and its recomputation; see `kept`.
     """
     backend = choose_backend(backend, query.device.type)
     if log_keep is not None:
@@ -94,7 +97,7 @@ def soft_attention(
         from dms_lab.attention.kernels.relaxed import Scoring, relaxed_attention
 
         scoring = Scoring(window, scaling, softcap, sliding_window)
-        return relaxed_attention(query, key, value, log_keep, document, sinks, scoring)
+        return relaxed_attention(query, key, value, log_keep, document, sinks, scoring, kept)
     padding = None
     if document is not None and _one_document_each(document):
         padding, document = document < 0, None
@@ -102,7 +105,7 @@ def soft_attention(
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     else:
         output = _ChunkedAttention.apply(
-            query, key, value, log_keep, sinks, window, document, scaling, softcap, sliding_window
+            query, key, value, log_keep, sinks, document, (window, scaling, softcap, sliding_window), kept
         )
     return output if padding is None else output.masked_fill(padding[:, None, :, None], 0.0)
 
@@ -130,32 +133,11 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @_as_given
-    def forward(ctx, query, key, value, log_keep, sinks, window, document, scaling, softcap, sliding_window):
-        batch, num_heads, num_tokens, width = query.shape
-        num_kv_heads = key.shape[1]
-        ctx.settings = (window, scaling, softcap, sliding_window)
-        q, k, v, lk = _wide(query), _wide(key), _wide(value), None if log_keep is None else _wide(log_keep) * _LOG2E
-        q = q.reshape(batch, num_kv_heads, -1, num_tokens, width)
-        output = torch.empty_like(q)
-        lse = q.new_empty(q.shape[:-1])
-        sink = None if sinks is None else _wide(sinks).view(1, num_kv_heads, -1, 1) * _LOG2E
-        for start in range(0, num_tokens, _CHUNK):
-            stop = min(start + _CHUNK, num_tokens)
-            scores, _ = _chunk_scores(q, k, lk, document, start, stop, ctx.settings)
-            highest = scores.amax(-1)
-            if sink is not None:
-                highest = torch.maximum(highest, sink)
-            highest = highest.masked_fill(highest == -math.inf, 0.0)
-            weights = scores.sub_(highest[..., None]).exp2_()
-            total = weights.sum(-1)
-            if sink is not None:
-                total = total + (sink - highest).exp2()
-            chunk = weights.flatten(2, 3) @ v[:, :, :stop]
-            safe = total.masked_fill(total == 0, 1.0)
-            output[:, :, :, start:stop] = chunk.view(*weights.shape[:4], width).div_(safe[..., None])
-            lse[:, :, :, start:stop] = highest + safe.log2()  # 0 for a row that sees nothing: exp2(-inf - 0) is 0 again
+    def forward(ctx, query, key, value, log_keep, sinks, document, settings, kept):
+        ctx.settings = settings
+        output, lse = once(kept, lambda: _chunked_forward(query, key, value, log_keep, sinks, document, settings))
         ctx.save_for_backward(query, key, value, log_keep, sinks, document, output, lse)
-        return output.view(batch, num_heads, num_tokens, width).to(query.dtype)
+        return output.view(query.shape).to(query.dtype)
 
     @staticmethod
     @once_differentiable
@@ -195,7 +177,34 @@ class _ChunkedAttention(torch.autograd.Function):
             dsinks = -(weight * delta).sum((0, 3)).flatten().to(sinks.dtype)
         dlk = None if dlk is None else dlk.to(log_keep.dtype)
         dq = dq.view(query.shape).to(query.dtype)
-        return dq, dk.to(key.dtype), dv.to(value.dtype), dlk, dsinks, *(None,) * 5
+        return dq, dk.to(key.dtype), dv.to(value.dtype), dlk, dsinks, None, None, None
+
+
+def _chunked_forward(query, key, value, log_keep, sinks, document, settings) -> tuple[Tensor, Tensor]:
+    """Output [B, K, G, T, D] and log-sum-exp [B, K, G, T], to the base of 2, both in a precision to accumulate in."""
+    batch, _, num_tokens, width = query.shape
+    num_kv_heads = key.shape[1]
+    q, k, v, lk = _wide(query), _wide(key), _wide(value), None if log_keep is None else _wide(log_keep) * _LOG2E
+    q = q.reshape(batch, num_kv_heads, -1, num_tokens, width)
+    output = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:-1])
+    sink = None if sinks is None else _wide(sinks).view(1, num_kv_heads, -1, 1) * _LOG2E
+    for start in range(0, num_tokens, _CHUNK):
+        stop = min(start + _CHUNK, num_tokens)
+        scores, _ = _chunk_scores(q, k, lk, document, start, stop, settings)
+        highest = scores.amax(-1)
+        if sink is not None:
+            highest = torch.maximum(highest, sink)
+        highest = highest.masked_fill(highest == -math.inf, 0.0)
+        weights = scores.sub_(highest[..., None]).exp2_()
+        total = weights.sum(-1)
+        if sink is not None:
+            total = total + (sink - highest).exp2()
+        chunk = weights.flatten(2, 3) @ v[:, :, :stop]
+        safe = total.masked_fill(total == 0, 1.0)
+        output[:, :, :, start:stop] = chunk.view(*weights.shape[:4], width).div_(safe[..., None])
+        lse[:, :, :, start:stop] = highest + safe.log2()  # 0 for a row that sees nothing: exp2(-inf - 0) is 0 again
+    return output, lse
 
 
 def _wide(x: Tensor) -> Tensor:

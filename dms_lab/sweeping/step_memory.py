@@ -7,7 +7,7 @@
                the end, gradients of all weights
 
 Bytes of tensors, as torch's allocator counts them (`peak_memory_bytes` in metrics.jsonl); the CUDA context and memory that
-is lost between blocks come on top. Attention is taken to keep its inputs and its output, which `reference` does not hold
+is lost between blocks come on top. Attention is taken to save its inputs and its output, which `reference` does not hold
 to; the optimizer to be fused, as it is on a GPU. With strategy=fsdp weights are cut, while two layers, embeddings and heads
 are whole.
 
@@ -92,9 +92,18 @@ def _saved_by_layer(config: TrainConfig, shape: Shape) -> float:
     return saved
 
 
+def _kept_attention(config: TrainConfig, shape: Shape) -> float:
+    """The output of one layer's attention, where it is kept over the recomputation; the log-sum-exp is below 2 % of it."""
+    if not (config.model.gradient_checkpointing and config.keep_attention and config.attention in ("triton", "chunked")):
+        return 0.0
+    size = _itemsize(config) if config.attention == "triton" else _FLOAT
+    return size * _tokens(config) * shape.query_width
+
+
 def _left_by_layers(config: TrainConfig, shape: Shape) -> float:
     """What the forward leaves for the backward: the layers' inputs, or all that they saved; noise and decisions."""
-    each = _stream(config, shape) if config.model.gradient_checkpointing else _saved_by_layer(config, shape)
+    checkpointed = _stream(config, shape) + _kept_attention(config, shape)
+    each = checkpointed if config.model.gradient_checkpointing else _saved_by_layer(config, shape)
     return shape.num_layers * (each + (2 * _FLOAT + 1) * _tokens(config) * shape.num_kv_heads)
 
 
@@ -131,7 +140,8 @@ def _inside_layer(config: TrainConfig, shape: Shape) -> float:
 
 
 def _backward_start(config: TrainConfig, shape: Shape) -> float:
-    return _left_by_layers(config, shape) + _head_gradient(config, shape) + _inside_layer(config, shape)
+    twice = _kept_attention(config, shape)  # among what the layers left, and what the last one saved
+    return _left_by_layers(config, shape) + _head_gradient(config, shape) + _inside_layer(config, shape) - twice
 
 
 def _backward_end(config: TrainConfig, shape: Shape) -> float:

@@ -29,7 +29,8 @@ from dms_lab.structure import output_head
 class Objective:
     """What is minimised, and how CR rises. With `count="live"`, `cr` is measured at the end of the training documents.
 
-    `accumulate` counts the micro-batches of a step over all processes.
+    `accumulate` counts the micro-batches of a step over all processes. `keep_attention`: where layers are checkpointed,
+    their attention is computed once.
     """
 
     cr: float
@@ -43,6 +44,7 @@ class Objective:
     accumulate: int = 1
     seed: int = 0
     attention: str = "auto"
+    keep_attention: bool = False
     chunk_tokens: int = 1024
     measure_every: int = 1
 
@@ -173,6 +175,7 @@ class RetrofitModule(L.LightningModule):
             noise_key=(objective.seed, step, micro_batch),
             neuron_keep=objective.neuron_keep(step),
             decides=step >= objective.neuron_zeroing_steps,
+            keep_attention=objective.keep_attention,
         )
         with torch.no_grad():
             teacher_handle = self._teacher[0] if self._teacher else self.handle

@@ -105,6 +105,7 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         accumulate=config.accumulate,
         seed=config.seed,
         attention=config.attention,
+        keep_attention=config.keep_attention and config.model.gradient_checkpointing,
         measure_every=config.log_every,
     )
     optimizer = Optimizer(

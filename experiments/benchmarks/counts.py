@@ -146,9 +146,18 @@ def distillation_loss(shape: Shape, num_rows: int, itemsize: int) -> Work:
 
 
 # -- whole steps ---------------------------------------------------------------------------------------------------------
-def training_step(shape: Shape, batch: int, context: int, itemsize: int, trained: str, checkpointing: bool = True) -> Work:
+def training_step(
+    shape: Shape,
+    batch: int,
+    context: int,
+    itemsize: int,
+    trained: str,
+    checkpointing: bool = True,
+    keep_attention: bool = False,
+) -> Work:
     """One micro-batch: the teacher forward, the student forward (twice with checkpointing) and backward, the KL.
 
+    `keep_attention`: the second time without attention, whose output and log-sum-exp of the first stay in memory.
     `trained="all"`: gradients of weights as well, and one AdamW step in float32 (weight, gradient, two moments read, three
     written); else the base is frozen and its weights get none. Predictors and LoRA are left out: below a percent.
     """
@@ -156,7 +165,7 @@ def training_step(shape: Shape, batch: int, context: int, itemsize: int, trained
     dense = matrices(shape, rows, itemsize)
     layer = dense * (forwards + (2 if trained == "all" else 1))
     layer += attention_forward(shape, batch, context, itemsize, relaxed=False)
-    layer += attention_forward(shape, batch, context, itemsize) * (forwards - 1)
+    layer += attention_forward(shape, batch, context, itemsize) * (1 if keep_attention else forwards - 1)
     layer += attention_backward(shape, batch, context, itemsize)
     work = layer * shape.num_layers + distillation_loss(shape, rows, itemsize)
     if trained == "all":

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dms_lab.attention.kept import Kept, once
 from dms_lab.attention.kernels.delta import delta_kernel
 from dms_lab.attention.kernels.far import LOG2E, FarKeys, select_far
 from dms_lab.attention.kernels.forward import forward_kernel
@@ -57,6 +58,7 @@ def relaxed_attention(
     document: Tensor | None,
     sinks: Tensor | None,
     scoring: Scoring,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Causal attention [B, H, T, D] in which key j gets `log_keep` [B, K, T] from distance `window` on; see `soft`.
 
@@ -75,21 +77,21 @@ def relaxed_attention(
             f"attention=triton takes heads of one width up to {WIDEST}, not {query.shape[-1]} and {value.shape[-1]}; "
             "use attention=flex or attention=chunked"
         )
-    return _RelaxedAttention.apply(query, key, value, log_keep, document, sinks, scoring)
+    return _RelaxedAttention.apply(query, key, value, log_keep, document, sinks, scoring, kept)
 
 
 class _RelaxedAttention(torch.autograd.Function):
     """Saves inputs, output, log-sum-exp and a few integers a token; keys are packed again in the backward."""
 
     @staticmethod
-    def forward(ctx, query, key, value, log_keep, document, sinks, scoring):
+    def forward(ctx, query, key, value, log_keep, document, sinks, scoring, kept):
         query, key, value = (_rows(x) for x in (query, key, value))
         far = None
         if log_keep is not None and scoring.window < query.shape[2]:  # else no pair is that far apart
             far = select_far(query, key, log_keep, document, scoring.scaling, scoring.floor)
         spans = None if document is None else document_spans(document)
         document = None if document is None else document.int().contiguous()
-        output, lse = _forward(query, key, value, far, document, spans, sinks, scoring)
+        output, lse = once(kept, lambda: _forward(query, key, value, far, document, spans, sinks, scoring))
         ctx.scoring, ctx.has = scoring, (far is not None, spans is not None)
         ctx.keep_dtype = None if log_keep is None else log_keep.dtype
         tables = (*(far or ()), *((document, *spans) if spans else ()))
@@ -117,7 +119,7 @@ class _RelaxedAttention(torch.autograd.Function):
         if sinks is not None:
             weight = torch.exp2(sinks.float()[None, :, None] * LOG2E - lse)
             sinks_grad = -(weight * delta).sum((0, 2)).to(sinks.dtype)
-        return query_grad, key_grad, value_grad, keep_grad, None, sinks_grad, None
+        return query_grad, key_grad, value_grad, keep_grad, None, sinks_grad, None, None
 
 
 # -- launches ----------------------------------------------------------------------------------------------------------

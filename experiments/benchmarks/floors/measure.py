@@ -137,6 +137,8 @@ def decoding(shape: counts.Shape, batch: int, live: int, device: torch.device, d
 def steps(shape: counts.Shape, itemsize: int) -> Iterator[tuple[str, int, counts.Work]]:
     """Whole steps and the tokens of each: training on 4k and 32k, decoding one to 32 sequences of 1k to 40k, CR 1 and 8."""
     yield "training, 32k tokens, predictors", 32768, counts.training_step(shape, 1, 32768, itemsize, "adapter")
+    kept = counts.training_step(shape, 1, 32768, itemsize, "adapter", keep_attention=True)
+    yield "the same, attention kept", 32768, kept
     yield "training, 4k tokens, all weights", 4096, counts.training_step(shape, 1, 4096, itemsize, "all")
     for context, batch in ((1024, 1), (8192, 8), (32768, 32), (40960, 8)):
         for cr in (1, 8):
