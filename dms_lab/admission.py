@@ -174,8 +174,9 @@ class Admission:
         self._idle += self.places.num_fillable()
 
     def forget(self) -> None:
-        """Ends a run."""
+        """Ends a run: the next one knows nothing of its prompts and of its empty places."""
         self._unshared.clear()
+        self._idle, self._at_once = 0, _WAVE_TOKENS
 
     def _is_too_early(self) -> bool:
         """Whether less than half of the places could be filled, and to have them empty has cost less so far than it would
