@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dms_lab.config import DataConfig
+from dms_lab.evaluation.sets import SETS
 from dms_lab.preview import COMPLETION, PROMPT, render
 from dms_lab.tiny.tokenizer import train_tokenizer
 from dms_lab.training import documents
@@ -304,3 +308,9 @@ def test_no_held_out_document_is_told_before_anything_is_trained(make_config, tm
     config = dataclasses.replace(make_config(), data=DataConfig("text", str(tmp_path)))
     with pytest.raises(ValueError, match="holds out no document"):
         held_out_documents(config, tokenizer, 10)
+
+
+def test_traces_are_cleared_of_every_benchmark_but_programs():
+    said = OmegaConf.load(Path(__file__).parent.parent / "conf" / "data" / "openr1_math.yaml").decontaminate
+    cleared = {re.split("[@:]", source)[0] for source in said}
+    assert cleared == {found.hub_id for name, found in SETS.items() if name != "livecodebench"}
