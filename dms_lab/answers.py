@@ -21,17 +21,20 @@ from dms_lab.generation_config import GenerateConfig
 
 # What may change between a stop and the next start without another token coming out, near-ties apart.
 _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pages", "page_size", "reserve", "threads"}
-_NOT_HASHED |= {"attention"}  # auto and torch are one; others are told below
+_NOT_HASHED |= {"attention", "cr", "calibrate"}  # auto and torch are one; others are told below
 
 
-def run_hash(config: GenerateConfig, model: ModelConfig) -> str:
-    """12 hex digits over what decides the tokens beside the prompt: model, checkpoint (its bytes), policy, sampling."""
+def run_hash(config: GenerateConfig, model: ModelConfig, calibration: Sequence[Sequence[int]] = ()) -> str:
+    """12 hex digits over what decides the tokens beside the prompt: model, checkpoint (its bytes), policy, sampling, and,
+    where the checkpoint is dialled to another ratio, that and the documents (rows of token ids) it is reached on."""
     parts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_HASHED}
     parts |= {"path": model.path, "dtype": model.dtype}
     if config.deterministic:  # the shapes of the matrices are part of the promise
         parts |= {"places": config.places}
     if config.attention not in ("auto", "torch"):
         parts |= {"attention": config.attention}
+    if config.cr is not None:
+        parts |= {"cr": config.cr, "calibration": [list(ids) for ids in calibration]}
     if config.checkpoint is not None:
         parts |= file_hashes(Path(config.checkpoint))
     return _digest(parts)

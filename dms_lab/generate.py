@@ -48,19 +48,36 @@ def run(config: "GenerateConfig") -> None:
     set_threads(config.threads)
     model = config.model if config.model is not None else base_of(Path(config.checkpoint))
     tokenizer = models.load_tokenizer(model)
+    calibration = calibration_text(config, tokenizer)
+    make_engine = partial(build_engine, config, model, tokenizer, calibration)
     if config.prompt is not None:
         ids = answers.encode(config.prompt, tokenizer, config.chat)
-        stream(build_engine(config, model, tokenizer), [Prompt(0, ids, chain) for chain in range(config.chains)])
+        stream(make_engine(), [Prompt(0, ids, chain) for chain in range(config.chains)])
         return
     prompts = answers.read_prompts(Path(config.prompts), tokenizer, config.chat, config.chains)
-    file = answers.AnswerFile(Path(config.out), answers.run_hash(config, model), prompts)
-    batch(partial(build_engine, config, model, tokenizer), prompts, file)
+    file = answers.AnswerFile(Path(config.out), answers.run_hash(config, model, calibration), prompts)
+    batch(make_engine, prompts, file)
 
 
-def build_engine(config: "GenerateConfig", model: "ModelConfig", tokenizer: "PreTrainedTokenizerBase") -> "Engine":
-    """The engine of a configuration, weights loaded."""
+def calibration_text(config: "GenerateConfig", tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Documents (rows of token ids) on which `config.cr` is to be reached; none where the checkpoint stays as it is."""
+    from dms_lab.evaluation.dialled import calibration_rows
+    from dms_lab.evaluation.report import load_config, run_of
+
+    if config.cr is None:
+        return []
+    run = run_of(Path(config.checkpoint))
+    trained = load_config(run) if (run / "config.json").is_file() else None
+    return calibration_rows(trained, config.calibrate, tokenizer)
+
+
+def build_engine(
+    config: "GenerateConfig", model: "ModelConfig", tokenizer: "PreTrainedTokenizerBase", calibration: list[list[int]]
+) -> "Engine":
+    """The engine of a configuration, weights loaded, its decisions dialled to `config.cr` on the documents."""
     from dms_lab import models
     from dms_lab.attachment import retrofit
+    from dms_lab.calibration import dial
     from dms_lab.chains import Settings
     from dms_lab.checkpoint import load_checkpoint
     from dms_lab.generation import Engine, end_ids
@@ -74,6 +91,9 @@ def build_engine(config: "GenerateConfig", model: "ModelConfig", tokenizer: "Pre
     base = models.load_base(model, models.default_device())
     if config.checkpoint is not None:
         handle = load_checkpoint(Path(config.checkpoint), base)
+        if calibration:
+            found = dial(handle, calibration, config.cr)
+            print(f"cr={config.cr:g}: the calibration text is compressed {found.measured_cr:.2f} times", file=sys.stderr)
         policy = handle.policy()
     else:
         handle = retrofit(base, None)

@@ -18,6 +18,8 @@ class GenerateConfig:
     checkpoint: str | None
     policy: str | None
     budget: int | None
+    cr: float | None
+    calibrate: str | None
     prompt: str | None
     prompts: str | None
     out: str | None
@@ -79,6 +81,10 @@ def resolve_generate(cfg: dict[str, Any]) -> GenerateConfig:
     values = {key: value for key, value in cfg.items() if key != "data"}
     config = build(GenerateConfig, values | {"model": base_config(values.pop("model", None))}, "")
     check_subject(config.model, config.checkpoint, config.policy, config.budget)
+    if config.cr is not None and config.checkpoint is None:
+        raise ValueError(f"cr={config.cr:g} moves the threshold of a checkpoint's decisions; give checkpoint=<its folder>")
+    if config.calibrate is not None and config.cr is None:
+        raise ValueError(f"calibrate={config.calibrate} is the text that cr= is reached on; add cr=<ratio>")
     if (config.prompt is None) == (config.prompts is None):
         raise ValueError('give either prompt="a text" or prompts=<a JSONL file>')
     if (config.prompts is None) != (config.out is None):

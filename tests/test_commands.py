@@ -160,6 +160,9 @@ RUN_BY = {
     "python -m dms_lab.evaluate checkpoint=runs/<run> cr=3,6": (
         "test_a_run_is_evaluated_at_other_ratios_than_it_was_trained_for"
     ),
+    'python -m dms_lab.generate checkpoint=runs/<run>/checkpoints/cr8 cr=6 prompt="What is 17 * 23?"': (
+        "test_answers_come_at_another_ratio_than_was_trained_and_are_not_mixed"
+    ),
     (
         "python -m dms_lab.train -m model=llama32_1b,qwen_r1_1_5b cr=8 window=64,256 cluster=slurm sweep=windows_1b"
     ): "test_a_job_asks_for_what_its_model_needs_swept_or_not",

@@ -1,7 +1,9 @@
 """`python -m dms_lab.generate`: any prompt, files that resume, answers that are never lost or mixed."""
 
 import dataclasses
+import inspect
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from dms_lab.attachment import retrofit
 from dms_lab.chains import Generated, Prompt, Settings
 from dms_lab.checkpoint import fingerprint, save_checkpoint
 from dms_lab.generate import batch, with_quoted_prompt
+from dms_lab.generate import run as generate
 from dms_lab.generation import Engine
 from dms_lab.generation_config import resolve_generate
 from dms_lab.policies import FullPolicy
@@ -77,6 +80,26 @@ def test_a_file_is_answered_and_the_same_command_goes_on(tmp_path, checkpoint):
     assert out.read_bytes() == before
 
 
+def test_answers_come_at_another_ratio_than_was_trained_and_are_not_mixed(tmp_path, checkpoint, composed, capsys):
+    path, text = prompts_file(tmp_path, 2), tmp_path / "own.py"
+    text.write_text(inspect.getsource(json.decoder)[:3000])
+    words = [f"checkpoint={checkpoint}", f"prompts={path}", f"out={tmp_path / 'a.jsonl'}", *WORDS]
+    with pytest.raises(ValueError, match="lies in no run that names its data; give calibrate="):
+        generate(resolve_generate(composed(*words, "cr=2")))
+    words.append(f"calibrate={text}")
+    generate(resolve_generate(composed(*words, "cr=2")))
+    said = capsys.readouterr()
+    assert float(re.search(r"cr=2: .* compressed (\S+) times", said.err)[1]) == pytest.approx(2, rel=0.02)
+    assert "2 chains in" in said.out
+    generate(resolve_generate(composed(*words, "cr=2")))
+    assert "are in" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="is an answer of run"):
+        generate(resolve_generate(composed(*words, "cr=3")))
+    text.write_text(inspect.getsource(json.encoder)[:3000])
+    with pytest.raises(ValueError, match="is an answer of run"):
+        generate(resolve_generate(composed(*words, "cr=2")))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.text(alphabet=st.one_of(st.sampled_from("\\'\"${}()[],=:a \n"), st.characters(exclude_categories=["Cs"]))))
 def test_any_text_is_a_prompt(text):
@@ -101,6 +124,8 @@ def test_any_text_is_a_prompt(text):
         (["model=tiny", "policy=full", "budget=3", "prompt=a"], "budget=3 is for"),
         (["model=tiny", "policy=best", "prompt=a"], "choose one of full"),
         (["checkpoint=x", "policy=full", "prompt=a"], "leave one of the two out"),
+        (["model=tiny", "policy=full", "prompt=a", "cr=3"], "give checkpoint=<its folder>"),
+        (["checkpoint=x", "prompt=a", "calibrate=a.txt"], "add cr=<ratio>"),
         (["model=tiny", "policy=full", "prompt=a", "chains=0"], "chains=0 must be at least 1"),
         (["model=tiny", "policy=full", "prompt=a", "temperature=warm"], "temperature='warm' must be a finite number"),
     ],
