@@ -145,7 +145,12 @@ def _planned(
     plan: ForwardPlan,
     residual: Tensor | None,
 ) -> Tensor:
-    """Attention [B, H, Q, D] as the plan says: off, relaxed, hard over the new tokens alone, or hard over a cache."""
+    """Attention [B, H, Q, D] as the plan says: off, relaxed, hard over the new tokens alone, or hard over a cache.
+
+    Under autocast in its precision: RoPE and norms with weights in float32 leave queries and keys in float32.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if plan.mode == "off":
         return _soft(query, key, value, None, key.shape[2], plan, scores)
     predictor = getattr(module, PREDICTOR, None)

@@ -23,6 +23,7 @@ CHOICES = {
     "retention": ("one_sided", "two_sided"),
     "kl_direction": ("forward", "reverse"),
     "attention": ("auto", "reference", "chunked", "flex", "triton"),
+    "precision": ("auto", "bf16-mixed", "32-true"),
     "tracking": ("none", "wandb"),
     "strategy": ("auto", "ddp", "fsdp"),
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),
@@ -130,11 +131,13 @@ class TrainConfig:
     strategy: str = "auto"
     compile: bool = False
     keep_attention: bool = True
+    precision: str = "auto"
 
 
 # These change where a run goes or how it is watched, not what comes out of it.
 _NOT_HASHED = {"out", "tracking", "eval_after", "resume", "threads", "log_every", "eval", "sweep"}
 _NOT_HASHED |= {"devices", "num_nodes", "strategy", "compile", "keep_attention"}
+_HASHED_UNLESS = {"precision": "auto"}  # the same run as before there was a choice
 _GROUPS = {"model": ModelConfig, "data": DataConfig, "eval": EvalConfig}
 
 
@@ -205,6 +208,12 @@ def validate(config: TrainConfig) -> None:
         raise ValueError(
             f"trained=all with model.dtype={config.model.dtype}: a step of lr={config.lr:g} on a weight of that precision "
             "is rounded away; add model.dtype=float32, or train less with trained=adapter or trained=lora"
+        )
+    if config.trained != "all" and config.precision == "bf16-mixed":
+        raise ValueError(
+            f"precision=bf16-mixed is for trained=all, whose weights are float32; with trained={config.trained} the frozen "
+            "base computes in its own precision and what is trained in float32: leave precision out, add "
+            "model.dtype=bfloat16"
         )
     if config.predictor == "neuron":
         _check_neuron(config)
@@ -290,6 +299,11 @@ def num_processes(config: TrainConfig) -> int:
     return config.devices * config.num_nodes
 
 
+def is_mixed(config: TrainConfig, on_gpu: bool) -> bool:
+    """Whether products are computed in bfloat16 of weights in float32: by default where all are trained on a GPU."""
+    return config.trained == "all" and (config.precision == "bf16-mixed" or (config.precision == "auto" and on_gpu))
+
+
 def _check_processes(config: TrainConfig) -> None:
     size, given = num_processes(config), config.accumulate
     if given % size:
@@ -305,7 +319,7 @@ def _check_processes(config: TrainConfig) -> None:
 def config_hash(config: TrainConfig | dict[str, Any]) -> str:
     """12 hex digits over everything that decides the trained weights, of a configuration or of its plain form."""
     plain = config if isinstance(config, dict) else dataclasses.asdict(config)
-    kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED}
+    kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED and _HASHED_UNLESS.get(key) != value}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

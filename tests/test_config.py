@@ -147,6 +147,8 @@ def test_the_published_command_composes():
         (["predictor=neuron", "trained=all", "granularity=layer"], "decides per KV head"),
         (["predictor=neuron", "trained=all", "steps=2000", "neuron_zeroing_steps=2000"], "leave nothing of steps=2000"),
         (["model=qwen3_8b", "trained=all"], "trained=all with model.dtype=bfloat16"),
+        (["precision=bf16-mixed"], "with trained=adapter the frozen base computes in its own precision"),
+        (["precision=bf16"], "precision='bf16' is not known; choose one of auto, bf16-mixed, 32-true"),
         (["trained=lora", "lora_rank=0"], "lora_rank=0 must be at least 1"),
         (["eval.rivals=[snapkv]"], "choose from streaming_llm, tova, h2o, random"),
         (["eval.num_problems=0"], "eval.num_problems=0 must be at least 1"),
@@ -217,6 +219,17 @@ def test_the_hash_follows_what_decides_the_weights_and_nothing_else():
     assert config_hash(build()) == base
     assert config_hash(build("out=elsewhere", "threads=1", "eval_after=false", "eval.num_problems=3")) == base
     assert len({base, config_hash(build("seed=1")), config_hash(build("window=8")), config_hash(build("lr=1"))}) == 4
+
+
+def test_precision_is_hashed_where_it_is_chosen_and_runs_from_before_keep_their_names():
+    from dms_lab.config import is_mixed
+
+    low, wide, auto = (build("trained=all", f"precision={name}") for name in ("bf16-mixed", "32-true", "auto"))
+    before = {key: value for key, value in dataclasses.asdict(auto).items() if key not in ("precision", "keep_attention")}
+    assert config_hash(auto) == config_hash(before)
+    assert len({config_hash(x) for x in (low, wide, auto)}) == 3
+    assert [is_mixed(x, on_gpu) for x in (low, wide, auto) for on_gpu in (False, True)] == [1, 1, 0, 0, 0, 1]
+    assert not is_mixed(build("trained=lora"), on_gpu=True)
 
 
 def test_a_number_s_spelling_does_not_change_the_hash():

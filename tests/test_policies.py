@@ -9,6 +9,7 @@ from dms_lab.attention import reference
 from dms_lab.cache.policy import LayerState, Ranking, Scores
 from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.base import live_keys, visible_keys
+from dms_lab.policies.dms import AdapterPredictor, DmsConfig
 
 H, K, T, D = 4, 2, 15, 8
 
@@ -152,3 +153,13 @@ def test_random_drops_every_older_token_equally_often_and_never_the_newest():
     assert counts[:, 5].sum() == 0
     assert (counts[:, :5] - 1600).abs().max() < 5 * (8000 * 0.2 * 0.8) ** 0.5
     assert not torch.equal(counts[0], counts[1])
+
+
+def test_autocast_does_not_round_the_logits_of_decisions():
+    g = torch.Generator().manual_seed(0)
+    predictor = AdapterPredictor(16, K, DmsConfig())
+    predictor.weight.data.normal_(generator=g)
+    residual = torch.randn(2, T, 16, generator=g)
+    expected = predictor(residual)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(predictor(residual), expected)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dms_lab import attention_function, distillation
 from dms_lab.attachment import retrofit
 from dms_lab.attention.kept import once
-from dms_lab.config import ModelConfig
+from dms_lab.config import ModelConfig, is_mixed
 from dms_lab.sweeping import step_memory
 from dms_lab.sweeping.shapes import shape_of
 from dms_lab.training import module, run
@@ -74,7 +74,8 @@ def fake(monkeypatch):
             if config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             is_kept = config.model.gradient_checkpointing and config.keep_attention and config.attention == "triton"
-            objective = Objective(8, 100, measure_every=10, keep_attention=is_kept)
+            is_low = is_mixed(config, on_gpu=True)
+            objective = Objective(8, 100, measure_every=10, keep_attention=is_kept, mixed=is_low)
             made = RetrofitModule(handle, teacher, config.trained, objective, Optimizer())
             return step_peak(made, config, live)
 
@@ -101,24 +102,31 @@ CASES = {
     "adapter": ("Qwen/Qwen3-8B", 1, 32768, "bfloat16", {"trained": "adapter"}),
     "attention kept": ("Qwen/Qwen3-8B", 1, 32768, "bfloat16", {"trained": "adapter", "attention": "triton"}),
     "lora": ("Qwen/Qwen3-8B", 1, 8192, "bfloat16", {"trained": "lora"}),
-    "all": ("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "float32", {"trained": "all"}),
+    "all": ("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "float32", {"trained": "all", "precision": "32-true"}),
+    "mixed": ("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "float32", {"trained": "all"}),
+    "mixed, attention kept": (
+        *("Qwen/Qwen3-8B", 1, 16384, "float32"),
+        {"trained": "all", "attention": "triton", "accumulate": 2},
+    ),
     "all, two micro-batches": (
         *("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "float32"),
-        {"trained": "all", "accumulate": 2},
+        {"trained": "all", "accumulate": 2, "precision": "32-true"},
     ),
     "1B adapter": ("meta-llama/Llama-3.2-1B-Instruct", 4, 4096, "bfloat16", {"trained": "adapter"}),
     "no checkpointing": ("meta-llama/Llama-3.2-1B-Instruct", 1, 4096, "bfloat16", {"trained": "adapter"}),
-    "all of an untied model": ("Qwen/Qwen3-8B", 1, 8192, "float32", {"trained": "all"}),
+    "all of an untied model": ("Qwen/Qwen3-8B", 1, 8192, "float32", {"trained": "all", "precision": "32-true"}),
+    "mixed, untied": ("Qwen/Qwen3-8B", 1, 8192, "float32", {"trained": "all"}),
+    "mixed, no checkpointing": ("meta-llama/Llama-3.2-1B-Instruct", 1, 4096, "float32", {"trained": "all"}),
 }
 
 
 def case(make_config, name):
     path, batch_size, context, dtype, changes = CASES[name]
-    model = ModelConfig("large", path, context, 256, 1e-5, 1e-4, batch_size, dtype, name != "no checkpointing")
+    model = ModelConfig("large", path, context, 256, 1e-5, 1e-4, batch_size, dtype, not name.endswith("no checkpointing"))
     return make_config(model=model, batch_size=batch_size, context=context, window=256, **changes)
 
 
-FAST = ("adapter", "attention kept", "all")
+FAST = ("adapter", "attention kept", "all", "mixed")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
@@ -134,7 +142,7 @@ def test_the_predicted_peak_of_a_large_model_is_that_of_its_step(make_config, fa
 
 
 def test_the_predicted_peak_of_the_embedded_model_is_that_of_its_step(make_config):
-    changes = {"batch_size": 4, "context": 512, "window": 16, "trained": "all", "log_every": 10}
+    changes = {"batch_size": 4, "context": 512, "window": 16, "trained": "all", "precision": "32-true", "log_every": 10}
     model = ModelConfig("tiny", "embedded", 512, 16, 1e-3, 1e-3, 4, "float32", False)
     config = make_config(model=model, **changes)
     with LiveBytes() as live:

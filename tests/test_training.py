@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dms_lab import attention_function, distillation
 from dms_lab.attention import soft
 from dms_lab.attention_function import Relaxation
 from dms_lab.training import run
@@ -31,12 +32,16 @@ def assert_same(one, two):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+MIXED = {"trained": "all", "precision": "bf16-mixed"}
 NEURON = {"predictor": "neuron", "trained": "all", "neuron_zeroing_steps": 3, "cr_family": (4.0,), "scale": 10.0}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"average": 0.5}, {"trained": "all"}, {"trained": "lora"}, {"accumulate": 2}, {"data": "text"}, NEURON | {"steps": 5}],
+    [
+        *({"average": 0.5}, {"accumulate": 2}, {"data": "text"}),
+        *({"trained": "all"}, {"trained": "lora"}, MIXED, NEURON | {"steps": 5}),
+    ],
 )
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(make_config, tmp_path, monkeypatch, changes, number):
@@ -149,6 +154,61 @@ def test_a_frozen_base_stays_in_bfloat16_and_small_steps_of_what_is_trained_are_
     for norm in norms:  # they begin at 1, beside which bfloat16 has nothing nearer than 0.004
         assert 0 < (norm - 1).abs().max() < 6 * 3e-5 * 1.01
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("changes", [{}, {"predictor": "neuron"}, {"attention": "reference"}])
+def test_in_mixed_precision_products_are_low_and_the_loss_is_near_that_in_float32(make_config, monkeypatch, changes):
+    attend, diverge, seen, losses = attention_function.soft_attention, distillation._forward_kl, {}, []
+
+    def noted(name, function):
+        def call(*x, **settings):
+            seen.setdefault(name, []).append([y.dtype for y in x if isinstance(y, torch.Tensor) and y.is_floating_point()])
+            return function(*x, **settings)
+
+        return call
+
+    monkeypatch.setattr(attention_function, "soft_attention", noted("attention", attend))
+    monkeypatch.setattr(distillation, "_forward_kl", noted("loss", diverge))
+    for precision, product in (("auto", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        seen.clear()
+        module, _ = build_module(config := make_config(trained="all", precision=precision, **changes))
+        module.on_fit_start()
+        batch = run.RetrofitData(config, run.models.load_tokenizer(config.model)).batch(0)
+        [teacher] = module.teacher_handles
+        with torch.no_grad():
+            hidden = [module._hidden(x.model, batch, x.off(batch["document"])) for x in (teacher, module.handle)]
+            assert torch.equal(*hidden)
+            start = module.loss(batch, 0)
+            assert "predictor" in changes or start < 1e-5  # a neuron that is taken away leaves a gap
+            for predictor in module.handle.predictors.values():
+                predictor.offset = 0.0
+        loss = module.loss(batch, 3)
+        loss.backward()
+        off, student = [product] * 3, [product] * 3 + [torch.float32]
+        assert seen["attention"] == [off] * 4 + [off, off, student, student] * 2
+        assert {dtype for call in seen["loss"] for dtype in call} == {torch.float32}
+        assert {p.dtype for p in module.trained.values()} == {torch.float32}
+        assert {p.grad.dtype for p in module.trained.values() if p.grad is not None} == {torch.float32}
+        assert {m.weight.dtype for m in teacher.model.modules() if isinstance(m, torch.nn.Linear)} == {product}
+        losses.append(float(loss.detach()))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_mixed_precision_keeps_small_steps_and_saves_float32(make_config, monkeypatch, base_folder):
+    states = []
+
+    class Looks(GracefulStop):
+        def on_train_batch_end(self, trainer, module, *rest):
+            super().on_train_batch_end(trainer, module, *rest)
+            [optimizer] = trainer.optimizers
+            states.extend(m.dtype for state in optimizer.state.values() for m in state.values())
+
+    monkeypatch.setattr(run, "GracefulStop", Looks)
+    saved = weights(train(make_config(lr=1e-6, adapter_lr=1e-6, **MIXED), progress=False))
+    assert set(states) == {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    before = dict(AutoModelForCausalLM.from_pretrained(base_folder).named_parameters())
+    for name in ("model.layers.0.mlp.up_proj.weight", "lm_head.weight"):
+        assert 0 < (saved[name] - before[name]).abs().max() < 6 * 1e-6 * 1.01
 
 
 def test_lora_leaves_the_teacher_what_it_was_and_is_saved_with_the_predictors(make_config, base_folder):
@@ -278,15 +338,15 @@ def test_activations_are_recomputed_where_the_model_says_so(make_config, monkeyp
         torch.testing.assert_close(one.weight.grad, two.weight.grad)
 
 
-@pytest.mark.parametrize("trained", ["adapter", "all"])
-def test_attention_is_computed_once_where_its_output_is_kept_and_nothing_else_changes(make_config, monkeypatch, trained):
+@pytest.mark.parametrize("changes", [{}, {"trained": "all"}, MIXED])
+def test_attention_is_computed_once_where_its_output_is_kept_and_nothing_else_changes(make_config, monkeypatch, changes):
     calls, kept, found = [], [], []
     compute, keep = soft._chunked_forward, Relaxation.kept
     monkeypatch.setattr(soft, "_chunked_forward", lambda *x: calls.append(1) or compute(*x))
     monkeypatch.setattr(Relaxation, "kept", lambda *x: kept.append(keep(*x)) or kept[-1])
     model = dataclasses.replace(make_config().model, gradient_checkpointing=True)
     for is_kept in (False, True):
-        config = make_config(model=model, trained=trained, keep_attention=is_kept)
+        config = make_config(model=model, keep_attention=is_kept, **changes)
         module, _ = build_module(config)
         module.on_fit_start()
         batch = run.RetrofitData(config, run.models.load_tokenizer(config.model)).batch(0)

@@ -65,10 +65,11 @@ class AdapterPredictor(nn.Module):
         self.scale, self.offset, self.eps = config.scale, config.offset, eps
 
     def forward(self, residual: Tensor) -> Tensor:
-        """`residual` [B, T, hidden] of any float dtype -> logits [B, K or 1, T] in float32."""
+        """`residual` [B, T, hidden] of any float dtype -> logits [B, K or 1, T] in float32, under autocast too."""
         x = residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        logits = (x * self.norm_weight.float()) @ self.weight.float().T
+        with torch.autocast(x.device.type, enabled=False):
+            logits = (x * self.norm_weight.float()) @ self.weight.float().T
         return (self.scale * logits - self.offset).transpose(1, 2)
 
 

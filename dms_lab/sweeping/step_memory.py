@@ -12,12 +12,13 @@ to; the optimizer to be fused, as it is on a GPU. With strategy=fsdp weights are
 are whole.
 
 Letters: N tokens of a micro-batch, s bytes of a number in the model's precision, d hidden width, C tokens of a chunk, V
-vocabulary.
+vocabulary. With precision=bf16-mixed, which `auto` is here for trained=all, what products take and give has 2 bytes: their
+weights are copies for as long as they are needed, those of the teacher are held so.
 """
 
 from dataclasses import dataclass
 
-from dms_lab.config import TrainConfig, num_processes
+from dms_lab.config import TrainConfig, is_mixed, num_processes
 from dms_lab.sweeping.shapes import Shape, num_trained
 
 CHUNK_TOKENS = 1024  # of the distillation loss
@@ -55,6 +56,11 @@ def _itemsize(config: TrainConfig) -> int:
     return _BYTES[config.model.dtype]
 
 
+def _product_size(config: TrainConfig) -> int:
+    """Bytes of a number that a matrix product or attention takes or gives."""
+    return _BYTES["bfloat16"] if is_mixed(config, on_gpu=True) else _itemsize(config)
+
+
 def _stream(config: TrainConfig, shape: Shape) -> float:
     """The residual stream, s * N * d."""
     return _itemsize(config) * _tokens(config) * shape.hidden
@@ -77,16 +83,18 @@ def _saved_by_norm(config: TrainConfig, shape_width: int) -> float:
 
 def _saved_by_layer(config: TrainConfig, shape: Shape) -> float:
     """What one layer saves for its backward."""
-    tokens, size = _tokens(config), _itemsize(config)
+    tokens, size = _tokens(config), _product_size(config)
     saved = 2 * _saved_by_norm(config, shape.hidden)
     if shape.query_norm:
         saved += _saved_by_norm(config, shape.query_width + shape.kv_width)
     saved += 2 * size * tokens * (shape.query_width + shape.kv_width)  # attention: queries, output; keys, values
     saved += 3 * size * tokens * shape.mlp  # gate, its activation, up
     if config.method == "dms" and config.predictor == "adapter":  # in float32: its input, normalised, weighted
-        saved += _FLOAT * tokens * shape.hidden * (2 if size == _FLOAT else 3)
+        saved += _FLOAT * tokens * shape.hidden * (2 if _itemsize(config) == _FLOAT else 3)
     if config.trained == "all":  # inputs of the linear layers
         saved += size * tokens * (2 * shape.hidden + shape.query_width + shape.mlp)
+    if is_mixed(config, on_gpu=True):
+        saved += size * shape.layer_parameters
     if config.trained == "lora":  # the same in float32, of queries, keys and values one each where that is a copy
         saved += _FLOAT * tokens * ((1 if size == _FLOAT else 3) * shape.hidden + shape.query_width)
     return saved
@@ -96,7 +104,7 @@ def _kept_attention(config: TrainConfig, shape: Shape) -> float:
     """The output of one layer's attention, where it is kept over the recomputation; the log-sum-exp is below 2 % of it."""
     if not (config.model.gradient_checkpointing and config.keep_attention and config.attention in ("triton", "chunked")):
         return 0.0
-    size = _itemsize(config) if config.attention == "triton" else _FLOAT
+    size = _product_size(config) if config.attention == "triton" else _FLOAT
     return size * _tokens(config) * shape.query_width
 
 
@@ -107,6 +115,16 @@ def _left_by_layers(config: TrainConfig, shape: Shape) -> float:
     return shape.num_layers * (each + (2 * _FLOAT + 1) * _tokens(config) * shape.num_kv_heads)
 
 
+def _weights(config: TrainConfig, shape: Shape, num_layers: float) -> float:
+    """Weights of student and, where it is a copy, teacher: of so many layers, the embeddings and the head."""
+    layers = num_layers * shape.layer_parameters
+    others = shape.num_parameters - shape.num_layers * shape.layer_parameters
+    one = _itemsize(config) * (layers + others)
+    if is_mixed(config, on_gpu=True):
+        return one + _product_size(config) * (layers + shape.embedding_parameters) + _FLOAT * shape.embedding_parameters
+    return 2 * one if config.trained == "all" else one
+
+
 def _head_gradient(config: TrainConfig, shape: Shape) -> float:
     return _FLOAT * shape.vocabulary * shape.hidden if config.trained == "all" else 0.0
 
@@ -114,27 +132,27 @@ def _head_gradient(config: TrainConfig, shape: Shape) -> float:
 # -- moments of a step ---------------------------------------------------------------------------------------------------
 def _kept(config: TrainConfig, shape: Shape) -> float:
     trains_all, trained = config.trained == "all", _FLOAT * num_trained(config, shape)
-    weights = _itemsize(config) * shape.num_parameters * (2 if trains_all else 1) + (0 if trains_all else trained)
+    weights = _weights(config, shape, shape.num_layers) + (0 if trains_all else trained)
     moments = trained * (3 if config.average else 2)
     gradients = trained if _adds_up(config) or not trains_all else 0.0
     if _cut(config) == 1:
         return weights + moments + gradients
-    whole = 2 * shape.layer_parameters + (shape.num_parameters - shape.num_layers * shape.layer_parameters)
-    return (weights + moments + gradients) / _cut(config) + _itemsize(config) * whole * (2 if trains_all else 1)
+    return (weights + moments + gradients) / _cut(config) + _weights(config, shape, 2)
 
 
 def _loss(config: TrainConfig, shape: Shape) -> float:
-    size, head = _itemsize(config), _head_gradient(config, shape)
+    size, head = _product_size(config), _head_gradient(config, shape)
     logits = min(CHUNK_TOKENS, _tokens(config)) * shape.vocabulary
     chunk = (3 * _FLOAT + (size if size < _FLOAT else 0)) * logits
+    low = size * shape.embedding_parameters if is_mixed(config, on_gpu=True) else 0.0  # a copy of the head, its gradient
     # Hidden states of both, the real ones of both, gradients of these.
     hidden = 5 * _stream(config, shape) + _saved_by_norm(config, shape.hidden)
-    return _left_by_layers(config, shape) + hidden + max(chunk + head, _FLOAT * logits + 2 * head)
+    return _left_by_layers(config, shape) + hidden + max(chunk + head + low, _FLOAT * logits + 2 * (head + low))
 
 
 def _inside_layer(config: TrainConfig, shape: Shape) -> float:
     """A layer's backward when it holds most: the gradient that comes in, what it saved, the gradients inside its MLP."""
-    wide = _itemsize(config) * _tokens(config) * shape.mlp
+    wide = _product_size(config) * _tokens(config) * shape.mlp
     again = _saved_by_layer(config, shape) if config.model.gradient_checkpointing else 0.0
     return _stream(config, shape) + again + (2 if config.trained == "all" else 3) * wide
 

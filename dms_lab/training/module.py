@@ -8,13 +8,14 @@ The teacher is the very same module with eviction off while only predictors are 
 weights move. Source: Lancucki et al. 2025, section 3; the one-sided retention loss is the paper's auxiliary loss.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,7 +31,7 @@ class Objective:
     """What is minimised, and how CR rises. With `count="live"`, `cr` is measured at the end of the training documents.
 
     `accumulate` counts the micro-batches of a step over all processes. `keep_attention`: where layers are checkpointed,
-    their attention is computed once.
+    their attention is computed once. `mixed`: products and attention in bfloat16, of weights in float32.
     """
 
     cr: float
@@ -45,6 +46,7 @@ class Objective:
     seed: int = 0
     attention: str = "auto"
     keep_attention: bool = False
+    mixed: bool = False
     chunk_tokens: int = 1024
     measure_every: int = 1
 
@@ -92,6 +94,8 @@ class RetrofitModule(L.LightningModule):
         self.handle, self.objective, self.optimizer = handle, objective, optimizer
         if trained == "all" and teacher is None:
             raise ValueError(f"trained={trained!r} moves the base weights, so a frozen copy must be given as teacher")
+        if teacher is not None and objective.mixed:
+            _round_products(teacher)
         # In a list, so that Lightning neither registers nor saves it.
         self._teacher = [retrofit(teacher.requires_grad_(False).eval(), None)] if teacher is not None else []
         chosen = trained_parameters(self.model, trained)
@@ -105,7 +109,7 @@ class RetrofitModule(L.LightningModule):
         return tuple(self._teacher)
 
     @property
-    def trained(self) -> dict[str, torch.nn.Parameter]:
+    def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by their names in the model."""
         return {name: p for name, p in self.model.named_parameters() if name in self.trained_names}
 
@@ -181,14 +185,15 @@ class RetrofitModule(L.LightningModule):
             teacher_handle = self._teacher[0] if self._teacher else self.handle
             teacher_hidden = self._hidden(teacher_handle.model, batch, teacher_handle.off(document, objective.attention))
         hidden = self._hidden(self.model, batch, self.handle.soft(relaxation, document, objective.attention))
-        kd = distillation.kl_loss(
-            _chosen(hidden, real),
-            _chosen(teacher_hidden, real),
-            output_head(self.model),
-            output_head(teacher_handle.model),
-            direction=objective.kl_direction,
-            chunk_tokens=objective.chunk_tokens,
-        )
+        with self._autocast():
+            kd = distillation.kl_loss(
+                _chosen(hidden, real),
+                _chosen(teacher_hidden, real),
+                output_head(self.model),
+                output_head(teacher_handle.model),
+                direction=objective.kl_direction,
+                chunk_tokens=objective.chunk_tokens,
+            )
         probabilities = [relaxation.evict_probability[i] for i in sorted(relaxation.evict_probability)]
         retention = eviction.retention_loss(probabilities, document >= 0, target, objective.retention)
         self.last = {"tokens": (document >= 0).sum()}
@@ -213,26 +218,43 @@ class RetrofitModule(L.LightningModule):
         self.last_evicted = torch.stack([_mean_over_real(e, real) for e in hard])  # [L, K or 1]
         follows = real[:, 1:] & (document[:, 1:] == document[:, :-1])
         labels = batch["ids"][:, 1:][follows]
+        with self._autocast():
+            lm_loss = distillation.lm_loss(hidden[:, :-1][follows], labels, output_head(self.model))
         return {
             "cr_soft": eviction.live_ratio(soft, document, window),
             "cr_hard": eviction.live_ratio(hard, document, window),
             "evicted_soft": torch.stack([_mean_over_real(e, real).mean() for e in soft]).mean(),
             "evicted_hard": self.last_evicted.mean(),
-            "lm_loss": distillation.lm_loss(hidden[:, :-1][follows], labels, output_head(self.model)),
+            "lm_loss": lm_loss,
         }
 
     def _hidden(self, model: PreTrainedModel, batch: dict[str, Tensor], plan: ForwardPlan) -> Tensor:
-        return model.get_decoder()(
-            input_ids=batch["ids"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-            dms=plan,
-        ).last_hidden_state
+        with self._autocast(is_used_again=False):
+            return model.get_decoder()(
+                input_ids=batch["ids"],
+                position_ids=batch["position_ids"],
+                use_cache=False,
+                dms=plan,
+            ).last_hidden_state
+
+    def _autocast(self, is_used_again: bool = True) -> AbstractContextManager:
+        """Inside, products are of bfloat16 if the objective is mixed, and the weights cast for it stay to be used again."""
+        if not self.objective.mixed:
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=is_used_again)
 
     def _target(self, cr: float, document: Tensor) -> float:
         """Wanted share of evicted decisions, for the documents that this batch really holds."""
         num_tokens, num_old = (document >= 0).sum(), eviction.old_tokens(document, self.handle.config.window).sum()
         return eviction.evict_target(cr, int(num_tokens), int(num_old), self.objective.count)
+
+
+def _round_products(model: PreTrainedModel) -> None:
+    """Holds the weights of linear layers in bfloat16, as autocast would round them at every use; a tied head is untied."""
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                setattr(part, name, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
 
 
 def _real_tokens(document: Tensor) -> Tensor | None:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from transformers import PreTrainedModel
 
 from dms_lab import models, results
 from dms_lab.attachment import retrofit
 from dms_lab.checkpoint import fingerprint
-from dms_lab.config import TrainConfig, config_hash, run_folder
+from dms_lab.config import TrainConfig, config_hash, is_mixed, run_folder
 from dms_lab.evaluation.evaluated import EVALUATED, PART
 from dms_lab.policies.dms import DmsConfig
 from dms_lab.structure import decoder_layers
@@ -105,6 +106,7 @@ def build_module(config: TrainConfig) -> tuple[RetrofitModule, str]:
         accumulate=config.accumulate,
         seed=config.seed,
         attention=config.attention,
+        mixed=is_mixed(config, torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)),
         keep_attention=config.keep_attention and config.model.gradient_checkpointing,
         measure_every=config.log_every,
     )
