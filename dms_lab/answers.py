@@ -21,7 +21,7 @@ from dms_lab.generation_config import GenerateConfig
 
 # What may change between a stop and the next start without another token coming out, near-ties apart.
 _NOT_HASHED = {"model", "prompt", "prompts", "out", "chains", "places", "num_pages", "page_size", "reserve", "threads"}
-_NOT_HASHED |= {"attention", "cr", "calibrate"}  # auto and torch are one; others are told below
+_NOT_HASHED |= {"attention", "step", "cr", "calibrate"}  # auto and torch are one, auto and eager; others are told below
 
 
 def run_hash(config: GenerateConfig, model: ModelConfig, calibration: Sequence[Sequence[int]] = ()) -> str:
@@ -35,6 +35,8 @@ def run_hash(config: GenerateConfig, model: ModelConfig, calibration: Sequence[S
         parts |= {"attention": config.attention}
     if config.cr is not None:
         parts |= {"cr": config.cr, "calibration": [list(ids) for ids in calibration]}
+    if config.step == "graph":
+        parts |= {"step": config.step}
     if config.checkpoint is not None:
         parts |= file_hashes(Path(config.checkpoint))
     return _digest(parts)

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from dms_lab.accounting import Request, Tally, Trace
 from dms_lab.sampling import ChainGenerator, StopRule
 
+STEPS = ("auto", "eager", "graph")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -21,7 +23,9 @@ class Prompt:
 class Settings:
     """How chains are run. `places` decode together; `num_pages` of `page_size` slots and `attention` as in `CompactCache`.
 
-    A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free.
+    A chain is admitted while the pages that its prompt may need and the share `reserve` of the pool are free. `step`:
+    "eager", the host follows every decode step; "graph", it launches them in a fixed form (`decode_step`, with
+    attention="triton" alone); "auto" is eager, as no GPU was measured yet.
     """
 
     max_new_tokens: int = 1024
@@ -33,12 +37,15 @@ class Settings:
     reserve: float = 0.05
     deterministic: bool = False
     attention: str = "auto"
+    step: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "places", "prefill_chunk", "num_pages", "page_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
+        if self.step not in STEPS:
+            raise ValueError(f"step={self.step!r} is not known; choose one of {', '.join(STEPS)}")
         if not 0 <= self.reserve < 1:
             raise ValueError(f"reserve={self.reserve} is a share of the pool; use 0 to below 1, 0.05 is usual")
 

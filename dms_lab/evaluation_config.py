@@ -16,6 +16,7 @@ _CHOICES = {
     "thinking": ("auto", "yes", "no"),
     "storage": ("model", "fp8", "int8"),
     "attention": ("auto", "torch", "triton", "flash_attn"),
+    "step": ("auto", "eager", "graph"),
     "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
 }
 
@@ -58,6 +59,7 @@ class ReasoningConfig:
     reserve: float
     deterministic: bool
     attention: str
+    step: str
     graders: int
     seconds_per_test: float
     seconds_per_problem: float | None

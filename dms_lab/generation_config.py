@@ -43,6 +43,7 @@ class GenerateConfig:
     reserve: float
     deterministic: bool
     attention: str
+    step: str
     threads: int | None
 
 

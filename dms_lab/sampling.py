@@ -155,7 +155,23 @@ class Sampler:
         its token is 0 and means nothing. A token of probability 0 is never chosen.
         """
         _check_rows(logits, histories, uniforms)
-        scores, context = logits.float(), self._context(histories, logits)
+        return self._chosen(logits, self._context(histories, logits), uniforms)
+
+    def check_draws(self) -> None:
+        """Raises `ValueError` unless `draw` can choose as this configuration says."""
+        if self.config.repetition_penalty != 1:
+            raise ValueError(
+                f"step=graph chooses tokens on the device, where a chain's past is not known: repetition_penalty="
+                f"{self.config.repetition_penalty} needs step=eager"
+            )
+
+    @torch.no_grad()
+    def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+        """As `choose`, to the bit, for `uniforms` [R] in float64 on the logits' device; checks and waits for nothing."""
+        return self._chosen(logits, None, uniforms)
+
+    def _chosen(self, logits: Tensor, context: Tensor | None, uniforms: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
+        scores = logits.float()
         for process in self._batched:
             scores = process(context, scores)
         top = scores.amax(-1)  # NaN where a row has one
@@ -164,8 +180,8 @@ class Sampler:
             return scores.argmax(-1).masked_fill(~valid, 0), valid
         scores = scores.masked_fill(~valid[:, None], 0.0)
         tokens = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        for row, uniform in enumerate(uniforms):
-            tokens[row] = self._draw(scores[row : row + 1].clone(), float(uniform))  # a copy: aligned like any other row
+        for row in range(len(scores)):
+            tokens[row] = self._draw(scores[row : row + 1].clone(), uniforms[row])  # a copy: aligned like any other row
         return tokens.masked_fill(~valid, 0), valid
 
     def _context(self, histories: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
@@ -178,7 +194,7 @@ class Sampler:
             context[row, : len(history)] = torch.as_tensor(history, dtype=torch.long)
         return context.to(logits.device)
 
-    def _draw(self, scores: Tensor, uniform: float) -> Tensor:
+    def _draw(self, scores: Tensor, uniform: float | Tensor) -> Tensor:
         """The first allowed token whose cumulative probability exceeds `uniform`; `scores` [1, V]. No synchronisation."""
         for process in self._single:
             scores = process(None, scores)

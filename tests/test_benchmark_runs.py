@@ -77,6 +77,7 @@ def configure(checkpoint, out, **changes):
         "reserve": 0.05,
         "deterministic": False,
         "attention": "auto",
+        "step": "auto",
         "graders": 2,
         "seconds_per_test": 6.0,
         "seconds_per_problem": None,

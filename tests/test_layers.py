@@ -29,6 +29,7 @@ LAYERS = [
         "tiny",
         "chains",
         "admission",
+        "decode_step",
         "generation",
         "sampling",
         "models",

@@ -179,19 +179,20 @@ def test_a_run_is_named_by_what_decides_its_tokens_and_not_by_their_number(tiny,
         return model.run_of(model.sampling_of({"until": []} | kwargs, None)[0])
 
     plain = name(DmsLM(attached=tiny))
-    assert name(DmsLM(attached=tiny, places=3, attention="torch"), max_gen_toks=99) == plain
+    assert name(DmsLM(attached=tiny, places=3, attention="torch", step="eager"), max_gen_toks=99) == plain
     sampled = {"do_sample": True, "temperature": 0.6}
     others = [
         name(DmsLM(attached=random)),
         name(DmsLM(attached=tiny, seed=1)),
         name(DmsLM(attached=tiny, storage="int8")),
         name(DmsLM(attached=tiny, attention="triton")),
+        name(DmsLM(attached=tiny, attention="triton", step="graph")),
         name(DmsLM(attached=tiny, deterministic=True)),
         name(DmsLM(attached=tiny, deterministic=True, places=3)),
         name(DmsLM(attached=tiny), **sampled),
         name(DmsLM(attached=tiny), **sampled, top_p=0.9),
     ]
-    assert len({plain, *others}) == 9
+    assert len({plain, *others}) == 10
 
 
 def test_chains_that_fail_are_named_and_the_others_are_kept(tiny, tmp_path):

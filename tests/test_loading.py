@@ -268,6 +268,7 @@ def test_a_task_file_that_is_not_there_is_named(tmp_path):
         {"chat": False},
         {"deterministic": True},
         {"attention": "triton"},
+        {"step": "graph"},
         {"num_problems": 3},
     ],
 )
@@ -286,6 +287,7 @@ def test_a_record_tells_what_decides_the_results(changes):
         {"max_tokens": (16, 32)},
         {"graders": 1},
         {"attention": "torch"},
+        {"step": "eager"},
         {"headline": "avg"},
         {"full": True},
         {"sources": (f"dms_aime24:{DATA / 'aime25.jsonl'}",)},  # prompts are hashed

@@ -16,7 +16,7 @@ from dms_lab.attention.paged import check_backend, choose_backend
 from dms_lab.cache.layer import CompactLayer, in_any_mode
 from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import OffloadingRule, Policy, PolicyCache, RankedRule, ReadingRule, Scores, WindowedRule
-from dms_lab.cache.slots import SlotTable
+from dms_lab.cache.slots import Rows, SlotTable
 from dms_lab.cache.storage import FORMATS
 
 _PAGE_SIZE = 32  # slots: little is left empty in a head's last page, and a page is long enough to be read at full speed
@@ -74,7 +74,9 @@ class CompactCache(PolicyCache):
         self.pool: PagePool | None = None
         self.reads_prompt = False  # whether a single new token is the end of a prompt, which a reading rule reads whole
         self._torn: set[int] | None = None  # rows of which the layers hold different tokens
-        self.rows: Tensor | None = None
+        self.rows: Rows = None
+        self.is_fixed = False  # whether a forward is a fixed step, see `cache.fixed`
+        self.secured = 0  # further tokens of each sequence for which there surely is room, see there
         self._element_bytes = 0
 
     # -- Hugging Face's side -----------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class CompactCache(PolicyCache):
     def reset(self) -> None:
         """Empties the cache; it then serves any model, as a new one would."""
         super().reset()
-        self.pool, self._torn = None, None
+        self.pool, self._torn, self.secured = None, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._in_all_layers(super().reorder_cache, beam_idx)
@@ -100,11 +102,18 @@ class CompactCache(PolicyCache):
     def _in_all_layers(self, function: Callable, *args):
         """`function`, which goes from layer to layer; if pages run out on the way, the cache is of no use until `reset`."""
         self._check_whole()
+        self._unsettle()
         try:
             return function(*args)
         except PoolExhausted:
             self._torn = set(range(self._num_rows())) if self.rows is None else set(self.rows.tolist())
             raise
+
+    def _unsettle(self) -> None:
+        """Ends what was secured, as slots or pages are about to change otherwise than by a fixed step."""
+        if self.secured and not self.is_fixed:
+            self.secured = 0
+            self.pool.settle()
 
     def _check_whole(self) -> None:
         if self._torn is not None:
@@ -126,6 +135,7 @@ class CompactCache(PolicyCache):
         if tokens_to_remove and isinstance(self.policy, RankedRule) and self.policy.needs_total:
             raise ValueError(f"a cache of policy {self.policy.name} cannot be cropped: attention summed up stays summed up")
         self._check_whole()
+        self._unsettle()
         for layer in self.layers:
             if tokens_to_remove and layer.slots is not None:
                 layer.slots.check_crop(-tokens_to_remove)
@@ -192,7 +202,8 @@ class CompactCache(PolicyCache):
                     f"layer {layer_idx} has {theirs}; make a new CompactCache for each model"
                 )
         if layer.slots is not None:
-            num_rows = layer.slots.length.shape[0] if self.rows is None else self.rows.shape[0]
+            layer.slots.rows = self.rows
+            num_rows = layer.slots.num_rows
             if (num_rows, layer.slots.length.shape[1]) != tuple(key.shape[:2]):
                 raise ValueError(
                     f"this cache serves {num_rows} sequences with {layer.slots.length.shape[1]} KV heads, but was given "
@@ -204,6 +215,7 @@ class CompactCache(PolicyCache):
         """Makes the places `rows` [n] empty and gives their pages back at once."""
         if self._torn is not None and self._torn <= set(rows.tolist()):
             self._torn = None
+        self._unsettle()
         for layer in self.layers:
             if layer.slots is not None:
                 layer.release(rows)
@@ -211,6 +223,7 @@ class CompactCache(PolicyCache):
     @in_any_mode
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Makes the empty places `target` [n] hold what `source` [n] do. Raises `PoolExhausted`, then nothing is held."""
+        self._unsettle()
         for done, layer in enumerate(self.layers):
             try:
                 layer.copy(source, target)
@@ -218,6 +231,12 @@ class CompactCache(PolicyCache):
                 for other in self.layers[:done]:
                     other.release(target)
                 raise
+
+    @property
+    def appends_at_once(self) -> bool:
+        """Whether a kernel finds the slot of a new token and writes it there: see `kernels.paged_append`."""
+        by_decision = isinstance(self.policy, WindowedRule) and not isinstance(self.policy, ReadingRule)
+        return self.attention == "triton" and self.storage == "model" and by_decision
 
     # -- accounting --------------------------------------------------------------------------------------------------
     def live_slots(self) -> Tensor:

@@ -131,9 +131,15 @@ class CompactLayer(CacheLayerMixin):
         if self.slots is None:
             self.slots = cache.new_table(self.index, batch, key, value, scores)
         self.slots.rows = cache.rows
-        self.columns += num_columns
         if num_columns == 1 and scores.sliding_window is None:
+            self.columns += not cache.is_fixed  # a step that is repeated without this code is counted where that is done
             return self._one(query, key, value, scores, logit, None if real is None else real[:, 0])
+        if cache.is_fixed:
+            raise ValueError(
+                f"step=graph takes a token at a time in layers without a sliding window, but layer {self.index} was given "
+                f"{num_columns} and has a window of {scores.sliding_window}; use step=eager"
+            )
+        self.columns += num_columns
         order = None
         if real is not None:
             self.slots.note_columns(real, num_columns)
@@ -224,11 +230,12 @@ class CompactLayer(CacheLayerMixin):
 
     def _one(self, query, key, value, scores, logit, real, note=True):
         """One new token a sequence: its slot, then attention over what is live. `real` [B] False: nothing is stored."""
-        slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
+        cache, slots = self.cache, self.slots
+        pool, policy = cache.pool, cache.policy
         now, tail = slots.get("seen"), slots.get("tail")
         flag = self._flags(logit, now[:, None], key.shape[1])
         flag = None if flag is None else flag[:, :, 0]
-        if self._appends_at_once() and slots.claim_one():
+        if cache.is_fixed or (cache.appends_at_once and slots.claim_one()):
             from dms_lab.attention.kernels.paged import append
 
             append(slots, flag, real, key, value)
@@ -242,7 +249,7 @@ class CompactLayer(CacheLayerMixin):
             pool.write(address.flatten(), key.flatten(0, 2), value.flatten(0, 2), position, one_a_page=True)
         ranked = isinstance(policy, RankedRule)
         held = self._slots()
-        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores) and not self.cache.reads_prompt:
+        if isinstance(policy, ReadingRule) and policy.selects(self.index, scores) and not cache.reads_prompt:
             held = read_blocks(query, held, policy.budget // policy.block)
         if isinstance(policy, ReadingRule):
             self.note_reads(held.length)
@@ -250,12 +257,6 @@ class CompactLayer(CacheLayerMixin):
         if ranked:
             self._rank(weights, now, real, scores.sliding_window)
         return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
-
-    def _appends_at_once(self) -> bool:
-        """Whether a kernel finds the slot of a new token and writes it there: see `kernels.paged_append`."""
-        policy = self.cache.policy
-        by_decision = isinstance(policy, WindowedRule) and not isinstance(policy, ReadingRule)
-        return self.cache.backend == "triton" and self.cache.storage == "model" and by_decision
 
     def _rank(self, weights: Tensor, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
         """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""

@@ -5,7 +5,7 @@
 
 The host knows a lower bound of what is free. Only when that no longer covers what a call could need, it looks (one scalar
 is read back), and the pool grows by a sixteenth or by what is missing. A pool of fixed size raises `PoolExhausted` instead,
-before anything is changed.
+before anything is changed. Pages may be promised to steps that the host does not see (see `cache.fixed`).
 """
 
 import torch
@@ -59,6 +59,7 @@ class PagePool:
         self._num_free = torch.tensor(pages - 1, device=device)
         self._free[: pages - 1] = torch.arange(pages - 1, 0, -1, device=device)
         self._surely_free = pages - 1
+        self._promised = 0
 
     # -- what there is -----------------------------------------------------------------------------------------------
     @property
@@ -67,9 +68,10 @@ class PagePool:
         return self.position.shape[0] - 1
 
     def count_free(self) -> int:
-        """Pages that nobody holds. Waits for the device."""
-        self._surely_free = int(self._num_free)
-        return self._surely_free
+        """Pages that nobody holds, those promised included. Waits for the device."""
+        free = int(self._num_free)
+        self._surely_free = free - self._promised
+        return free
 
     @property
     def page_bytes(self) -> int:
@@ -80,6 +82,11 @@ class PagePool:
     def allocated_bytes(self) -> int:
         """Bytes of all pages, held or not, as the allocator sees them."""
         return self.key.nbytes + self.value.nbytes + sum(x.nbytes for x in self._notes().values())
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the pool."""
+        stores = [x for store in (self.key, self.value) for x in (store.data, store.scale) if x is not None]
+        return [*stores, *self._notes().values(), *self.stack]
 
     def _notes(self) -> dict[str, Tensor]:
         """What is kept of each page beside keys and values, by name."""
@@ -92,7 +99,7 @@ class PagePool:
         self._reserve(wanted)
         rank = wanted.flatten().cumsum(0)
         pages = self._free[(self._num_free - rank).clamp(min=0)].view(wanted.shape)
-        self._num_free = self._num_free - rank[-1]
+        self._num_free -= rank[-1]  # in place, as everywhere: kernels and graphs know the counter by its address
         pages = torch.where(wanted, pages, 0)
         taken = pages.flatten()
         if self.device.type == "cpu":  # elsewhere a look at which they are would wait for the device
@@ -109,7 +116,7 @@ class PagePool:
         rank = flat.cumsum(0)
         place = torch.where(flat, self._num_free + rank - 1, self._free.shape[0] - 1)
         self._free.scatter_(0, place, pages.flatten())
-        self._num_free = self._num_free + rank[-1]
+        self._num_free += rank[-1]
 
     def claim(self, count: int) -> bool:
         """Whether `count` pages are free, of which the caller may take any number from `stack` without another word."""
@@ -117,6 +124,15 @@ class PagePool:
             return False
         self._surely_free -= count
         return True
+
+    def promise(self, count: int) -> None:
+        """Keeps `count` of the free pages for whoever takes them from `stack` before `settle` is called."""
+        self._surely_free -= count
+        self._promised = count
+
+    def settle(self) -> None:
+        """Ends a promise: what of it was not taken is anybody's again, once the host has looked."""
+        self._promised = 0
 
     @property
     def stack(self) -> tuple[Tensor, Tensor]:
@@ -129,19 +145,21 @@ class PagePool:
             if needed > free:
                 if not self.grows:
                     raise PoolExhausted(needed, free, self.num_pages)
-                self._grow(max(needed - free, self.num_pages // _SLACK))
+                self.grow(max(needed - free, self.num_pages // _SLACK))
             self._surely_free -= needed
             return
         self._surely_free -= wanted.numel()
 
-    def _grow(self, extra: int) -> None:
+    def grow(self, extra: int) -> None:
+        """Adds `extra` free pages; every tensor of the pool but the counter of `stack` is another one then."""
         old = self.num_pages + 1
         self._resize(old + extra)
         free = torch.zeros(old + extra + 1, dtype=torch.long, device=self.device)
         free[: old - 1] = self._free[: old - 1]
         new = torch.arange(old + extra - 1, old - 1, -1, device=self.device)
         free[self._num_free + torch.arange(extra, device=self.device)] = new
-        self._free, self._num_free = free, self._num_free + extra
+        self._free = free
+        self._num_free += extra
         self._surely_free += extra
 
     def _resize(self, pages: int) -> None:
@@ -158,7 +176,7 @@ class PagePool:
         if self.grows and self.count_free() == self.num_pages:
             self._resize(1)
             self._free = torch.zeros(2, dtype=torch.long, device=self.device)
-            self._num_free = torch.zeros_like(self._num_free)
+            self._num_free.zero_()
             self._surely_free = 0
 
     # -- content -----------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
     slots of a head     [ 0 1 2 3 | 4 5 6 7 | 8 . . . ]     slot s is in page table[s // page], place s % page
     ring over the window  slot and decision flag of each of the last `window` tokens, token t in place t % window
 
-Slots stand in any order: positions are in the keys already. A row is a sequence; `rows` restricts everything to some.
+Slots stand in any order: positions are in the keys already. A row is a sequence; `rows` restricts everything to some: a
+tensor of their numbers, or `slice(n)` for the leading ones, which are looked at in place.
 Shapes: B sequences, K KV heads, M pages of a head at most, S slots, C new tokens, W window.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from dms_lab.cache.pages import PagePool, PoolExhausted
 
+Rows = Tensor | slice | None
 _PER_ROW = ("table", "length", "seen", "ring_slot", "ring_flag", "victim", "freed_at", "tail")
 
 
@@ -27,7 +29,7 @@ class SlotTable:
     ) -> None:
         device, shape = pool.device, (batch, num_kv_heads)
         self.pool, self.window, self.shift, self.sliding = pool, window, shift, sliding
-        self.rows: Tensor | None = None
+        self.rows: Rows = None
         self.table = torch.zeros(*shape, 1, dtype=torch.long, device=device)
         self.length = torch.zeros(shape, dtype=torch.long, device=device)
         self.seen = torch.zeros(batch, dtype=torch.long, device=device)  # tokens so far, padding not counted
@@ -50,6 +52,17 @@ class SlotTable:
             setattr(self, name, value)
         else:
             getattr(self, name)[self.rows] = value
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are in use."""
+        if isinstance(self.rows, slice):
+            return self.rows.stop
+        return len(self.length if self.rows is None else self.rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the table."""
+        return [getattr(self, name) for name in _PER_ROW]
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +123,7 @@ class SlotTable:
 
         False, if they are not surely there: `append_one` finds out. True: `kernels.paged.append` may store the token.
         """
-        rows = self.length.shape[0] if self.rows is None else self.rows.shape[0]
-        if not self.pool.claim(rows * self.length.shape[1]):
+        if not self.pool.claim(self.num_rows * self.length.shape[1]):
             return False
         self._make_room()
         return True
@@ -133,6 +145,12 @@ class SlotTable:
         table = self.get("table")
         kept = torch.where(wanted, new, table.gather(2, where)[:, :, 0])
         self.put("table", table.scatter_(2, where, kept[:, :, None]))
+
+    def reach(self, longest: int, num_pages: int) -> None:
+        """Notes that no head will have more than `longest` slots, and makes the table `num_pages` wide at least."""
+        self._longest = longest
+        if num_pages > self.table.shape[2]:
+            self.table = F.pad(self.table, (0, num_pages - self.table.shape[2]))
 
     def _widen(self, pages: int) -> None:
         missing = pages - self.table.shape[2]

@@ -103,6 +103,7 @@ class DmsLM(HFLM):
         reserve: float = 0.05,
         deterministic: bool = False,
         attention: str = "auto",
+        step: str = "auto",
         seed: int = 0,
         thinking: str = "auto",
         samples: str | SampleStore | None = None,
@@ -139,7 +140,7 @@ class DmsLM(HFLM):
         )
         logger.setLevel(before)
         self.settings = Settings(
-            1024, places, num_pages, page_size, storage, prefill_chunk, reserve, deterministic, attention
+            1024, places, num_pages, page_size, storage, prefill_chunk, reserve, deterministic, attention, step
         )
         self.seed, self.thinking = seed, thinking
         self.graders, self.grader_threads = graders or Graders(), grader_threads
@@ -231,6 +232,8 @@ class DmsLM(HFLM):
             parts |= {"deterministic": [self.settings.places, self.settings.prefill_chunk]}
         if self.settings.attention not in ("auto", "torch"):
             parts |= {"attention": self.settings.attention}
+        if self.settings.step == "graph":
+            parts |= {"step": "graph"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     def _answer(self, jobs: list[Job], gen_kwargs: dict[str, Any]) -> tuple[dict[tuple[str, int], str], list[str]]:

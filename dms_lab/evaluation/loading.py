@@ -52,6 +52,7 @@ class LoadedTask:
         kept += ["chat"] if self.benchmark else []  # tasks of lm-eval's own are asked in plain text
         kept += ["places"] if self.settings.deterministic else []
         kept += ["attention"] if self.settings.attention not in ("auto", "torch") else []
+        kept += ["step"] if self.settings.step == "graph" else []
         values = {name: getattr(self.settings, name) for name in kept}
         (leaf,) = self.leaves.values() if len(self.leaves) == 1 else (None,)
         generation = dict(leaf.get_config("generation_kwargs") or {}) if leaf is not None else {}

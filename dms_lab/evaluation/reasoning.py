@@ -197,7 +197,7 @@ def _evaluate_task(
 
 def _language_model(attached: Attached, seed: int, store: SampleStore, graders: Graders, task: LoadedTask) -> DmsLM:
     settings = task.settings
-    same = ("places", "storage", "num_pages", "page_size", "prefill_chunk", "reserve", "deterministic", "attention")
+    same = ("places", "storage", "num_pages", "page_size", "prefill_chunk", "reserve", "deterministic", "attention", "step")
     return DmsLM(
         attached=attached,
         seed=seed,

@@ -111,11 +111,11 @@ def append(table: SlotTable, flag: Tensor | None, real: Tensor | None, key: Tens
     key, value = _rows(key), _rows(value)
     flag, real = (None if x is None else x.contiguous().view(torch.uint8) for x in (flag, real))
     append_kernel[(key.shape[0],)](
-        table.seen if table.rows is None else table.rows, table.table, table.length, table.seen, table.tail,
+        table.rows if isinstance(table.rows, Tensor) else table.seen, table.table, table.length, table.seen, table.tail,
         table.ring_slot, table.ring_flag.view(torch.uint8), table.freed_at, *pool.stack, pool.key.data, pool.value.data,
         pool.position, table.seen if flag is None else flag, table.seen if real is None else real, key, value,
         *key.stride()[:2], *value.stride()[:2], num_kv_heads, table.table.shape[2], table.window or 0, table.shift or 0,
-        HAS_ROWS=table.rows is not None, HAS_FLAG=flag is not None, HAS_REAL=real is not None,
+        HAS_ROWS=isinstance(table.rows, Tensor), HAS_FLAG=flag is not None, HAS_REAL=real is not None,
         IS_OWN=flag is not None and table.shift > 0 and table.shift % table.window == 0,
         WIDTH=pool.key.width, VALUE_WIDTH=pool.value.width, BLOCK_K=triton.next_power_of_2(num_kv_heads),
         BLOCK_D=_block(pool.key.width), BLOCK_V=_block(pool.value.width),
