@@ -17,10 +17,12 @@ from experiments.benchmarks import harness
 
 HERE = Path(__file__).parent
 TESTS = ("tests/test_triton_attention.py", "tests/test_triton_decode.py", "tests/test_triton_prefill.py")
+TESTS += ("tests/test_decode_step.py",)
 BENCHMARKS = {
     "floors": ["floors.measure", "--backend", "triton"],
     "training_attention": ["training_attention.measure", "time"],
     "paged_attention": ["paged_attention.measure"],
+    "decode_step": ["decode_step.measure"],
     "distillation_loss": ["distillation_loss.measure"],
 }
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "floors": ["floors.measure"],
     "training_attention": ["training_attention.measure"],
     "decode_cpu": ["decode_cpu.short"],
+    "decode_step": ["decode_step.measure"],
     "distillation_loss": ["distillation_loss.measure"],
     "where_time_goes": ["where_time_goes.measure"],
     "growth": ["growth.measure"],
