@@ -14,6 +14,7 @@ OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points toge
 # These change where results go, how they are computed or watched, not what comes out.
 _NOT_HASHED = {"out", "store", "threads", "regrade", "sandbox", "i_trust_the_code", "tracking", "sweep"}
 _NOT_HASHED_OF_EVAL = {"places", "num_pages", "graders"}
+_HASHED_UNLESS = {"step": "auto"}  # what is as it was before there was a choice
 _OF_BENCHMARKS = {"sandbox": "bubblewrap", "i_trust_the_code": False, "regrade": False}
 _OF_BENCHMARKS |= dict.fromkeys(("tasks", "policy", "budget", "limit", "shard", "out", "store", "model"))
 
@@ -47,7 +48,8 @@ def evaluation_hash(config: EvaluateConfig | DialConfig) -> str:
     """12 hex digits over everything that decides the results of an evaluation."""
     kept = {key: value for key, value in asdict(config).items() if key not in _NOT_HASHED}
     if isinstance(config, EvaluateConfig):
-        kept["eval"] = {key: value for key, value in kept["eval"].items() if key not in _NOT_HASHED_OF_EVAL}
+        unchanged = {key for key, value in kept["eval"].items() if _HASHED_UNLESS.get(key) == value}
+        kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in _NOT_HASHED_OF_EVAL | unchanged}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 
