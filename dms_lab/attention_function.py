@@ -20,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dms_lab import eviction
+from dms_lab.attention import autocast
 from dms_lab.attention.kept import Kept
 from dms_lab.attention.soft import soft_attention
 from dms_lab.cache.policy import LayerState, PolicyCache, Scores
@@ -149,8 +150,7 @@ def _planned(
 
     Under autocast in its precision: RoPE and norms with weights in float32 leave queries and keys in float32.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    query, key, value = autocast.cast(query, key, value)
     if plan.mode == "off":
         return _soft(query, key, value, None, key.shape[2], plan, scores)
     predictor = getattr(module, PREDICTOR, None)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dms_lab.attachment import Retrofit
+from dms_lab.attention.kernels.device import current
 from dms_lab.attention_function import sent
 from dms_lab.cache import fixed
 from dms_lab.cache.compact import CompactCache
@@ -56,7 +57,7 @@ class Flight:
         self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=found.is_cuda)
         self._host.copy_(found, non_blocking=True)
         if self._landed is not None:
-            self._landed.record()
+            self._landed.record(torch.cuda.current_stream(found.device))
 
     def read(self) -> list[Found]:
         """Waits for the step, not for what was launched after it; one for each place, of no meaning where none was real."""
@@ -100,7 +101,8 @@ class DecodeStep:
         if self.capture is not None and self._known != (known := self._tensors()):
             self._replay, self._known = self._run, known  # what the old graph holds is free before there is another
             self.given.zero_()  # no place is real: to warm up changes nothing
-            self._replay = self.capture(self._run)
+            with current(self.given.device):
+                self._replay = self.capture(self._run)
             self.num_captures += 1
         return True
 
@@ -110,7 +112,8 @@ class DecodeStep:
         for place, mine in given.items():
             rows[place] = [mine.id, mine.position, 1.0, mine.uniform]
         self.given.copy_(sent(torch.tensor(rows, dtype=torch.float64), self.given.device))
-        self._replay()
+        with current(self.given.device):
+            self._replay()
         fixed.noted(self.cache)
         return Flight(self.found)
 

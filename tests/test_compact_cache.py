@@ -195,13 +195,10 @@ def test_any_conversation_gives_the_attention_of_each_row_alone_at_once(kind):
 @settings(deadline=None, max_examples=60, derandomize=True)
 @given(st.one_of(*RULES.values()), conversations(), layouts(), st.integers(0, 999))
 def test_all_rows_at_once_as_on_a_gpu_give_the_same(policy, turns, layout, seed):
-    def everything(slots, num_queries):
-        yield 0, slots.length.numel(), slots.table.shape[2] * slots.pool.page_size, False, None
-
     rows, scores = random_rows(turns, seed), Scores(0.6)
     wanted = converse(CompactCache(policy, **layout), rows, turns, scores)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged, "_groups", everything)
+        patch.setattr(paged, "_groups", paged._unseen_groups)
         found = converse(CompactCache(policy, **layout), rows, turns, scores)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
 
@@ -684,6 +681,11 @@ def test_long_heads_are_attended_in_parts(monkeypatch):
         monkeypatch.setattr(paged, "_PART_BYTES", 5 * 4 * 8 * dtype.itemsize)
         parts, _ = paged.decode(query, slots, Scores(0.3))
         assert (parts.float() - whole.float()).abs().max() < bound
+        alone = paged.Slots(pool, table[:, 1:], torch.tensor([[9]]))
+        with monkeypatch.context() as patch:  # as on a GPU, where a single head is as wide as the table
+            patch.setattr(paged, "_groups", paged._unseen_groups)
+            found, _ = paged.decode(query[:, 2:], alone, Scores(0.3))
+        assert (found.float() - whole[:, 2:].float()).abs().max() < bound
 
 
 def test_a_cache_that_ran_out_of_pages_on_the_way_is_of_no_use_until_it_is_emptied():

@@ -208,6 +208,7 @@ def test_the_blocks_that_flex_visits_hold_every_visible_pair(runs, sliding, with
 def test_auto_is_named_and_flex_is_refused_where_it_cannot_train():
     assert choose_backend("auto", "cpu") == "chunked"
     assert choose_backend("auto", "cuda") == "flex"
+    assert choose_backend("auto", "cuda", 8) == "chunked"  # flex compiles no narrower heads than 16
     with pytest.raises(ValueError, match="no backward on cpu"):
         choose_backend("flex", "cpu")
     with pytest.raises(ValueError, match="choose one of auto, reference, chunked, flex, triton"):

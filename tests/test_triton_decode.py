@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ pytest.importorskip("triton", reason="the package triton is not installed: pip i
 
 from paged_cases import DEVICE, errs_like, fill, held, normal, state
 
+from dms_lab.attention.kernels import device
 from dms_lab.attention.kernels import paged as kernels
 
 SINKS = Scores(0.3, softcap=2.0, sinks=normal(6, seed=9))
@@ -278,6 +280,18 @@ def test_8_bit_floats_are_refused_where_a_gpu_has_none(monkeypatch):
         kernels.check_pool(old)
 
 
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(device, "Tensor", SimpleNamespace)
+    second, here = (SimpleNamespace(device=torch.device(name)) for name in ("cuda:1", "cpu"))
+    launch = device.where_its_tensors_are(lambda table, flag, key: key)
+    assert launch("table", None, here) is here
+    assert entered == []
+    assert launch("table", None, second) is second
+    assert entered == [torch.device("cuda:1")]
+
+
 def test_importing_the_paged_attention_leaves_triton_alone():
     code = "import sys, dms_lab.attention.paged; sys.exit('triton' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -326,5 +340,9 @@ def test_flash_attn_is_refused_where_its_paged_kernel_cannot_read(monkeypatch):
     assert paged.choose_backend("flash_attn", on_cuda(page_size=256)) == "flash_attn"
     with pytest.raises(ValueError, match="multiple of 256 slots, not of 32: give page_size=256"):
         paged.choose_backend("flash_attn", on_cuda())
+    narrow = PagePool(20, 20, torch.bfloat16, DEVICE, 256, 1)
+    narrow.device = torch.device("cuda")
+    with pytest.raises(ValueError, match=r"divisible by 8, not .*bfloat16 of 20 and 20"):
+        paged.choose_backend("flash_attn", narrow)
     with pytest.raises(ValueError, match=r"storage=model.* not torch.int8 of 16 and 16"):
         paged.choose_backend("flash_attn", on_cuda(page_size=256, storage="int8"))

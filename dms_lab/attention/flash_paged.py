@@ -27,10 +27,11 @@ def check_pool(pool: PagePool) -> None:
             f"attention='flash_attn' takes pages of a multiple of {_PAGE_MULTIPLE} slots, not of {pool.page_size}: give "
             f"page_size={_PAGE_MULTIPLE}, or {_OTHERS}"
         )
-    if key.data.dtype not in (torch.bfloat16, torch.float16) or key.width != value.width or key.width > 256:
+    is_odd = key.width != value.width or key.width > 256 or key.width % 8
+    if key.data.dtype not in (torch.bfloat16, torch.float16) or is_odd:
         raise ValueError(
             "attention='flash_attn' takes bfloat16 or float16 as the model has it (storage=model), keys and values of one "
-            f"width up to 256, not {key.data.dtype} of {key.width} and {value.width}; {_OTHERS}"
+            f"width up to 256 and divisible by 8, not {key.data.dtype} of {key.width} and {value.width}; {_OTHERS}"
         )
 
 

@@ -99,7 +99,7 @@ def decode(query: Tensor, slots: Slots, scores: Scores, want_weights: bool = Fal
     output = query.new_zeros(rows.shape[0], 1, rows.shape[2], slots.pool.value.width)
     lengths = slots.length.flatten()
     for first, last, size, is_even, scratch in _groups(slots, 1):
-        if last - first == 1 and _key_bytes(slots, size) > _LONG_BYTES:
+        if is_even and last - first == 1 and _key_bytes(slots, size) > _LONG_BYTES:
             output[first, 0] = _decode_in_parts(rows[first, 0], slots, first, size, scores.scaling)
         elif size:
             key, value = slots.gather(first, last, size, scratch)
@@ -206,14 +206,11 @@ def _visible(chunk: Chunk, slots: Slots, first: int, last: int, size: int, score
 
 def _groups(slots: Slots, num_queries: int):
     """(first row, last row, slots of the longest, whether all have as many, scratch) of the rows to attend at once."""
+    if slots.length.device.type != "cpu":
+        yield from _unseen_groups(slots, num_queries)
+        return
     num_rows, num_kv_heads = slots.length.numel(), slots.length.shape[1]
     page_size, key, value = slots.pool.page_size, slots.pool.key, slots.pool.value
-    if slots.length.device.type != "cpu":
-        size = slots.table.shape[2] * page_size
-        fit = num_rows if num_queries == 1 else max(1, _DEVICE_MASK // (num_queries * (size + num_queries)))
-        for first in range(0, num_rows, fit):
-            yield first, min(first + fit, num_rows), size, False, None
-        return
     span = num_kv_heads if slots.apart else num_rows
     for start in range(0, num_rows, span):
         lengths = slots.length.flatten()[start : start + span].tolist()
@@ -227,6 +224,14 @@ def _groups(slots: Slots, num_queries: int):
         for first in range(0, span, fit):
             mine = lengths[first : first + fit]
             yield start + first, start + first + len(mine), max(mine), min(mine) == max(mine), scratch
+
+
+def _unseen_groups(slots: Slots, num_queries: int):
+    """The same without a look at the lengths: all rows are as wide as the table."""
+    num_rows, size = slots.length.numel(), slots.table.shape[2] * slots.pool.page_size
+    fit = num_rows if num_queries == 1 else max(1, _DEVICE_MASK // (num_queries * (size + num_queries)))
+    for first in range(0, num_rows, fit):
+        yield first, min(first + fit, num_rows), size, False, None
 
 
 def _sequences(slots: Slots, num_queries: int):

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dms_lab.attention import reference
+from dms_lab.attention import autocast, reference
 from dms_lab.attention.kept import Kept, once
 
 BACKENDS = ("auto", "reference", "chunked", "flex", "triton")
+_FLEX_WIDTH = 16  # of a head, at least
 _CHUNK = 64  # queries; on one core a quarter less time than 128 at 512 tokens, and as fast as 32
 _BLOCK = 128  # FlexAttention's own block of queries and of keys
 _LOG2E = 1 / math.log(2)  # torch's exp of numbers below -87 takes up to 34 times as long on a CPU, its exp2 does not
@@ -30,8 +31,10 @@ _log = logging.getLogger(__name__)
 
 
 @functools.cache
-def choose_backend(name: str, device_type: str) -> str:
-    """The backend that `name` means on a device: `auto` is flex on CUDA and chunked elsewhere. Logs a choice once.
+def choose_backend(name: str, device_type: str, width: int = _FLEX_WIDTH) -> str:
+    """The backend that `name` means on a device for heads of `width`. Logs a choice once.
+
+    `auto` is flex on CUDA, but for heads narrower than 16, which that cannot compile, and chunked elsewhere.
 
     Raises `ValueError` for an unknown name, and for flex and triton where they cannot train.
     """
@@ -43,7 +46,7 @@ def choose_backend(name: str, device_type: str) -> str:
         _check_triton(device_type)
     if name != "auto":
         return name
-    chosen = "flex" if device_type == "cuda" else "chunked"
+    chosen = "flex" if device_type == "cuda" and width >= _FLEX_WIDTH else "chunked"
     _log.info("attention=auto: %s on %s", chosen, device_type)
     return chosen
 
@@ -84,7 +87,7 @@ def soft_attention(
     a row. `chunked` and `triton` are differentiable once; `chunked` computes in float32 or better, under autocast too.
     With a list `kept`, empty at first, these two compute once for a forward and its recomputation; see `kept`.
     """
-    backend = choose_backend(backend, query.device.type)
+    backend = choose_backend(backend, query.device.type, min(query.shape[-1], _FLEX_WIDTH))
     if log_keep is not None:
         log_keep = log_keep.expand(key.shape[:3])
     if backend == "reference":
@@ -122,7 +125,7 @@ def _as_given(function):
 
     @functools.wraps(function)
     def run(ctx, tensor, *rest):
-        with torch.autocast(tensor.device.type, enabled=False):
+        with autocast.off(tensor.device):
             return function(ctx, tensor, *rest)
 
     return run

@@ -102,6 +102,8 @@ class OffloadingLayer(CompactLayer):
             with torch.cuda.stream(self._stream):
                 self._read(stores, parts)
                 self._arrived = self._stream.record_event()
+            for part in parts:  # whoever drops them before they arrived leaves their memory to this stream until then
+                part.record_stream(self._stream)
         else:
             self._read(stores, parts)
         self._fetched = (*parts, used.to(key.device, non_blocking=True))

@@ -94,15 +94,18 @@ class PagePool:
         return {name: note for name, note in found.items() if note is not None}
 
     # -- taking and giving back --------------------------------------------------------------------------------------
-    def take(self, wanted: Tensor) -> Tensor:
-        """A page for each True of `wanted`, of the same shape; 0 elsewhere. Raises `PoolExhausted`."""
+    def take(self, wanted: Tensor, waits: bool = True) -> Tensor:
+        """A page for each True of `wanted`, of the same shape; 0 elsewhere. Raises `PoolExhausted`.
+
+        Unless it `waits` for a GPU to know which they are, page 0 is cleared once for each False.
+        """
         self._reserve(wanted)
         rank = wanted.flatten().cumsum(0)
         pages = self._free[(self._num_free - rank).clamp(min=0)].view(wanted.shape)
         self._num_free -= rank[-1]  # in place, as everywhere: kernels and graphs know the counter by its address
         pages = torch.where(wanted, pages, 0)
         taken = pages.flatten()
-        if self.device.type == "cpu":  # elsewhere a look at which they are would wait for the device
+        if waits or self.device.type == "cpu":
             taken = taken[taken > 0]
         self.key.clear(taken)
         self.value.clear(taken)

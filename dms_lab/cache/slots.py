@@ -141,8 +141,8 @@ class SlotTable:
         page_size = self.pool.page_size
         self._make_room()
         wanted = grown & (length % page_size == 0)
-        new, where = self.pool.take(wanted), (length // page_size)[:, :, None].clamp(max=self.table.shape[2] - 1)
-        table = self.get("table")
+        new, table = self.pool.take(wanted, waits=False), self.get("table")
+        where = (length // page_size)[:, :, None].clamp(max=table.shape[2] - 1)
         kept = torch.where(wanted, new, table.gather(2, where)[:, :, 0])
         self.put("table", table.scatter_(2, where, kept[:, :, None]))
 

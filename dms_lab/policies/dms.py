@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dms_lab import eviction
+from dms_lab.attention import autocast
 from dms_lab.policies.base import WindowedPolicy
 
 PREDICTORS = ("adapter", "neuron", "sinks")
@@ -68,7 +69,7 @@ class AdapterPredictor(nn.Module):
         """`residual` [B, T, hidden] of any float dtype -> logits [B, K or 1, T] in float32, under autocast too."""
         x = residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x.device):
             logits = (x * self.norm_weight.float()) @ self.weight.float().T
         return (self.scale * logits - self.offset).transpose(1, 2)
 

@@ -25,7 +25,7 @@ def delta_kernel(
 ):
     """delta [B, H, T] float32: grid (B * H, blocks of queries)."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = load_rows(output + batch * stride_ob + head * stride_oh, rows, stride_ot, num_tokens, WIDTH, BLOCK_D, True)
     g = load_rows(output_grad + batch * stride_gb + head * stride_gh, rows, stride_gt, num_tokens, WIDTH, BLOCK_D, True)

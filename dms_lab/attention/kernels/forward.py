@@ -119,7 +119,7 @@ def forward_kernel(
 ):
     """One block of BLOCK_M queries of one head: grid (B * H, blocks), the blocks with the most keys first."""
     batch = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
+    head = (tl.program_id(0) % num_heads).to(tl.int64)
     kv_head = head // GROUP
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)

@@ -54,9 +54,10 @@ def _add(
 ):
     """Adds blocks of queries, head by head: first..end of the `count` from row `start` on, or, MASKED, all others."""
     num_blocks = count - (end - first) if MASKED else end - first
+    divisor = tl.maximum(num_blocks, 1)  # the compiler may divide before it looks whether there is a block
     for n in range(GROUP * num_blocks):  # one loop, so that loads of the next head are under way early
-        head = n // num_blocks
-        block = n % num_blocks
+        head = n // divisor
+        block = n % divisor
         if MASKED:
             block = tl.where(block < first, block, block + end - first)
         else:
@@ -151,7 +152,7 @@ def key_grad_kernel(
 ):
     """One block of BLOCK_N keys of one KV head: grid (B * K, blocks). FAR: `key`, `value` and the gradients are packed."""
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
-    kv_head = tl.program_id(0) % num_kv_heads
+    kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     kv = batch * num_kv_heads + kv_head
     slots = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     documents += batch * num_tokens

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from dms_lab.attention.kernels.device import where_its_tensors_are
 from dms_lab.attention.kernels.far import LOG2E
 from dms_lab.attention.kernels.paged_append import append_kernel
 from dms_lab.attention.kernels.paged_chunk import chunk_kernel
@@ -52,6 +53,7 @@ def check_pool(pool: PagePool) -> None:
         )
 
 
+@where_its_tensors_are
 def decode(query: Tensor, slots: Slots, scores: Scores) -> Tensor:
     """Attention [B, H, 1, D] of one query a sequence over its live slots, 0 without any; see `attention.paged.decode`."""
     batch, num_heads, _, width = query.shape
@@ -78,6 +80,7 @@ def decode(query: Tensor, slots: Slots, scores: Scores) -> Tensor:
     return output
 
 
+@where_its_tensors_are
 def attend_chunk(query: Tensor, chunk: Chunk, slots: Slots, scores: Scores) -> Tensor:
     """Attention [B, H, C, D] of the new tokens by the visibility rule; see `attention.paged.attend_chunk`.
 
@@ -101,6 +104,7 @@ def attend_chunk(query: Tensor, chunk: Chunk, slots: Slots, scores: Scores) -> T
     return output
 
 
+@where_its_tensors_are
 def append(table: SlotTable, flag: Tensor | None, real: Tensor | None, key: Tensor, value: Tensor) -> None:
     """Stores a token's key, value [B, K, 1, D] as `SlotTable.append_one` and `PagePool.write` do, in one launch.
 

@@ -124,7 +124,8 @@ def _attend_new(
     return output, total, highest
 
 
-@triton.jit
+# What grows with the tokens: one compilation is for all of them.
+@triton.jit(do_not_specialize=["num_new", "num_pages", "num_slots", "num_blocks"])
 def chunk_kernel(
     query,
     new_key,

@@ -22,7 +22,7 @@ def _part_size(length, MAX_PARTS: tl.constexpr, LEAST_PART: tl.constexpr, BLOCK_
     return tl.maximum(LEAST_PART, tl.cdiv(tl.cdiv(length, MAX_PARTS), BLOCK_N) * BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pages"])  # which grows: one compilation is for all tables
 def part_kernel(
     query,
     key,
@@ -103,7 +103,7 @@ def part_kernel(
     tl.store(lse + part, total, mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def combine_kernel(
     parts,
     lse,

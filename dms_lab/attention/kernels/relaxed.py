@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dms_lab.attention.kept import Kept, once
 from dms_lab.attention.kernels.delta import delta_kernel
+from dms_lab.attention.kernels.device import where_its_tensors_are
 from dms_lab.attention.kernels.far import LOG2E, FarKeys, select_far
 from dms_lab.attention.kernels.forward import forward_kernel
 from dms_lab.attention.kernels.key_grad import key_grad_kernel
@@ -84,6 +85,7 @@ class _RelaxedAttention(torch.autograd.Function):
     """Saves inputs, output, log-sum-exp and a few integers a token; keys are packed again in the backward."""
 
     @staticmethod
+    @where_its_tensors_are
     def forward(ctx, query, key, value, log_keep, document, sinks, scoring, kept):
         query, key, value = (_rows(x) for x in (query, key, value))
         far = None
@@ -100,6 +102,7 @@ class _RelaxedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @where_its_tensors_are
     def backward(ctx, grad):
         query, key, value, sinks, output, lse, *tables = ctx.saved_tensors
         has_far, has_documents = ctx.has
