@@ -76,8 +76,10 @@ def state(table):
     names, table.rows = ("length", "seen", "tail", "ring_slot", "ring_flag", "freed_at"), None
     slot = torch.arange(table.table.shape[2] * table.pool.page_size, device=DEVICE).expand(*table.length.shape, -1)
     address = table.address(slot)[slot < table.length[:, :, None]]
-    stores = (table.pool.key.data, table.pool.value.data)
-    held = [x.view(-1, x.shape[2])[address] for x in stores] + [table.pool.position.view(-1)[address]]
+    stores = [table.pool.key, table.pool.value]
+    numbers = [x.data.view(torch.uint8) if x.data.dtype == torch.float8_e4m3fn else x.data for x in stores]
+    held = [x.view(-1, x.shape[2])[address] for x in numbers] + [table.pool.position.view(-1)[address]]
+    held += [x.scale[table.table].masked_fill(~table._held(), 0.0) for x in stores if x.scale is not None]
     pages = table.table[table._held()]
-    unused = [int((x[pages].view(-1, x.shape[2]) != 0).any(1).sum()) - len(address) for x in stores]
+    unused = [int((x[pages].view(-1, x.shape[2]) != 0).any(1).sum()) - len(address) for x in numbers]
     return [*(getattr(table, name).clone() for name in names), *held, torch.tensor(unused), pages.sort().values]

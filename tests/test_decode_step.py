@@ -63,12 +63,13 @@ def assert_same(found, wanted):
 
 # -- in the engine -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("make", "sampling"), [(None, SAMPLED), (FullPolicy, GREEDY), (lambda: StreamingLLMPolicy(6, 2), GREEDY)]
+    ("make", "sampling", "storage"),
+    [(None, SAMPLED, "model"), (FullPolicy, GREEDY, "fp8"), (lambda: StreamingLLMPolicy(6, 2), GREEDY, "int8")],
 )
-def test_chains_and_what_they_cost_are_those_of_eager_steps(make, sampling):
+def test_chains_and_what_they_cost_are_those_of_eager_steps(make, sampling, storage):
     handle = small()
-    wanted, _ = answered(handle, make, sampling)
-    found, engine = answered(handle, make, sampling, attention="triton", step="graph")
+    wanted, _ = answered(handle, make, sampling, storage=storage)
+    found, engine = answered(handle, make, sampling, storage=storage, attention="triton", step="graph")
     assert_same(found, wanted)
     assert engine._fixed.num_captures == 0  # on a CPU
 
@@ -267,9 +268,9 @@ def test_room_is_promised_for_as_many_tokens_as_surely_fit(num_pages, monkeypatc
     ("make", "settings", "sampling", "message"),
     [
         (None, {"attention": "torch"}, GREEDY, "step=graph needs attention=triton, not torch"),
-        (lambda: TovaPolicy(9), {}, GREEDY, "not for storage=model and policy tova; use step=eager"),
-        (lambda: QuestPolicy(8, block=4), {"page_size": None}, GREEDY, "and policy quest; use step=eager"),
-        (lambda: OffloadPolicy(8), {}, GREEDY, "and policy offload; use step=eager"),
+        (lambda: TovaPolicy(9), {}, GREEDY, "not for policy tova; use step=eager"),
+        (lambda: QuestPolicy(8, block=4), {"page_size": None}, GREEDY, "not for policy quest; use step=eager"),
+        (lambda: OffloadPolicy(8), {}, GREEDY, "not for policy offload; use step=eager"),
         (None, {}, SamplingConfig(repetition_penalty=1.1), "repetition_penalty=1.1 needs step=eager"),
     ],
 )

@@ -236,7 +236,7 @@ class CompactCache(PolicyCache):
     def appends_at_once(self) -> bool:
         """Whether a kernel finds the slot of a new token and writes it there: see `kernels.paged_append`."""
         by_decision = isinstance(self.policy, WindowedRule) and not isinstance(self.policy, ReadingRule)
-        return self.attention == "triton" and self.storage == "model" and by_decision
+        return self.attention == "triton" and by_decision
 
     # -- accounting --------------------------------------------------------------------------------------------------
     def live_slots(self) -> Tensor:

@@ -26,9 +26,8 @@ def check(cache: CompactCache) -> None:
         )
     if not cache.appends_at_once or isinstance(cache.policy, OffloadingRule):
         raise ValueError(
-            "step=graph stores a token by one kernel, which there is for storage=model and rules that decide about every "
-            f"token (full, dms, streaming_llm), not for storage={cache.storage} and policy {cache.policy.name}; use "
-            "step=eager"
+            "step=graph stores a token by one kernel, which there is for rules that decide about every token (full, dms, "
+            f"streaming_llm), not for policy {cache.policy.name}; use step=eager"
         )
 
 

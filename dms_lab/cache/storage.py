@@ -33,7 +33,8 @@ class SlotStore:
     def __init__(self, storage: str, num_pages: int, page_size: int, width: int, dtype: torch.dtype, device: torch.device):
         if storage not in FORMATS:
             raise ValueError(f"storage={storage!r} is not known; choose one of {', '.join(FORMATS)}")
-        self.format, self.dtype, self.page_size, self.width = FORMATS[storage], dtype, page_size, width
+        self.storage, self.format = storage, FORMATS[storage]
+        self.dtype, self.page_size, self.width = dtype, page_size, width
         self.data = torch.zeros(num_pages, page_size, width, dtype=self.format.dtype or dtype, device=device)
         self.scale = torch.full((num_pages,), _LEAST_SCALE, device=device) if self.format.dtype else None
 

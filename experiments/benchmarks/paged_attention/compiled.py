@@ -30,7 +30,7 @@ LONG_INTEGERS = {"table", "lengths", "rows", "length", "seen", "tail", "freed_at
 BYTES = {"ring_flag", "flag", "real"}
 STORED_NUMBERS = {"key", "value", "key_store", "value_store"}
 GROUP, PAGE, KV_HEADS = 4, 32, 8
-WITHOUT_STORAGE = ("combine", "append")  # of float32 parts; of slots in the model's dtype alone
+WITHOUT_STORAGE = ("combine",)  # of float32 parts
 
 
 def launches(width: int, dtype: torch.dtype, choice: int) -> Iterator[tuple[str, Tile]]:
@@ -53,6 +53,10 @@ def kind(kernel: str, name: str, element: str, stored: str | None) -> str:
         return "fp32"
     if name in ("lse", "parts") or (kernel, name) == ("part", "output"):
         return "*fp32"
+    if kernel == "append" and name in ("key", "value"):
+        return element
+    if kernel == "append" and name in STORED_NUMBERS and stored == STORED["fp8"]:
+        return "*u8"
     if name in STORED_NUMBERS:
         return stored or element
     return element if name in ("query", "new_key", "new_value", "output", "sinks") else "i32"
@@ -67,6 +71,7 @@ def compile_for_hopper(name: str, width: int, dtype: torch.dtype, tile: Tile, st
     constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "BLOCK_G": 16, "BLOCK_P": PAGE if name == "append" else 16}
     constants |= {"MAX_PARTS": MAX_PARTS, "LEAST_PART": LEAST_PART}
     constants |= {"HAS_ROWS": True, "HAS_FLAG": True, "HAS_REAL": True, "IS_OWN": False, "BLOCK_K": KV_HEADS}
+    constants |= {"STORAGE": storage}
     constants |= {"HAS_FAR": True, "HAS_SINKS": False, "HAS_SOFTCAP": False}
     signature, attributes = {}, {}
     for place, parameter in enumerate(kernel.params):
@@ -104,9 +109,9 @@ def main() -> int:
                 too_large |= compiled.metadata.shared > SHARED_BYTES
                 code = compiled.asm["ptx"]
                 what = [storage, f"{tile.queries} x {tile.keys}, {tile.warps}, {tile.stages}"]
-                if name in WITHOUT_STORAGE:
+                if name in ("combine", "append"):
                     rows = "16 parts" if name == "combine" else f"{KV_HEADS} heads"
-                    what = ["", f"{rows}, {tile.warps}, {tile.stages}"]
+                    what = ["" if name in WITHOUT_STORAGE else storage, f"{rows}, {tile.warps}, {tile.stages}"]
                 tensor_core = "wgmma.mma_async" if "wgmma.mma_async" in code else "mma.sync"
                 counts = [code.count("cp.async.c"), f"{code.count(tensor_core)} {tensor_core.partition('.')[0]}"]
                 cells = [width, name, *what, used, spilled, f"{compiled.metadata.shared / 1024:.0f}", *counts]
