@@ -90,26 +90,20 @@ def _chunked_mean(
     if num_tokens == 0:
         raise ValueError("a loss over no tokens is undefined; the batch holds only padding")
     total: Tensor | float = 0.0
-    of_hidden: list[Tensor] = []
-    of_head: dict[Tensor, Tensor] = {}
-    source = hidden.detach().requires_grad_(hidden.requires_grad)
-    for part, target in zip(source.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total = total + _chunk(loss, head, part, target, temperature, of_hidden, of_head)
-    inputs = [*([hidden] if of_hidden else []), *of_head]
-    kept = [*([torch.cat(of_hidden)] if of_hidden else []), *of_head.values()]
+    sums: dict[Tensor, Tensor] = {}
+    parts = hidden.detach().requires_grad_(hidden.requires_grad).split(chunk_tokens)
+    for part, target in zip(parts, targets.split(chunk_tokens), strict=True):
+        total = total + _chunk(loss, head, part, target, temperature, sums)
+    of_hidden = [sums.pop(part) for part in parts if part in sums]
+    inputs = [*([hidden] if of_hidden else []), *sums]
+    kept = [*([torch.cat(of_hidden)] if of_hidden else []), *sums.values()]
     return _WithKept.apply(total * (temperature**2 / num_tokens), temperature / num_tokens, kept, *inputs)
 
 
 def _chunk(
-    loss: Loss,
-    head: Head,
-    hidden: Tensor,
-    target: Tensor,
-    temperature: float,
-    of_hidden: list[Tensor],
-    of_head: dict[Tensor, Tensor],
+    loss: Loss, head: Head, hidden: Tensor, target: Tensor, temperature: float, sums: dict[Tensor, Tensor]
 ) -> Tensor:
-    """The sum over a chunk; its gradients, but for a factor, are appended to `of_hidden` and added to those `of_head`."""
+    """The sum over a chunk; to `sums` are added its gradients, but for a factor, of `hidden` and of the head's leaves."""
     logits = head(hidden)
     edge, dtype = get_gradient_edge(logits) if logits.requires_grad else None, logits.dtype
     with torch.no_grad():
@@ -117,14 +111,11 @@ def _chunk(
         value, slope = loss(logits, target)
     if edge is None:
         return value
-    own = _leaves(edge, hidden.grad_fn)
-    moved = [hidden] if hidden.requires_grad else []
-    gradients = torch.autograd.grad(edge, [*own, *moved], slope.to(dtype))
-    of_hidden += gradients[len(own) :]
-    for leaf, gradient in zip(own, gradients, strict=False):
-        if leaf not in of_head:
-            of_head[leaf] = torch.zeros_like(leaf)
-        of_head[leaf] += gradient
+    inputs = _leaves(edge, hidden.grad_fn) + ([hidden] if hidden.requires_grad else [])
+    for tensor, gradient in zip(inputs, torch.autograd.grad(edge, inputs, slope.to(dtype)), strict=True):
+        if tensor not in sums:
+            sums[tensor] = torch.zeros_like(tensor)
+        sums[tensor] += gradient
     return value
 
 
