@@ -19,10 +19,15 @@ FOLDER = Path(__file__).parent
 PEER = FOLDER.parent / "peers" / "kvpress"
 PYTHON = PEER / ".venv" / "bin" / "python"
 LINES = Path("runs/peers/rivals.jsonl")
-# Cut the prompt to the budget, then cut again every 4 tokens. KVCompose, which knows no decoding and takes seven times as
-# long a problem, is in experiments/peers/kvpress, on fewer problems.
+# Cut the prompt to the budget, then cut again every 4 tokens. SnapKV and expected attention cannot (they look at more
+# queries than that): their prompt is cut once, and the chain comes on top.
 DECODING = ("--decoding", "--prefill", "--interval", "4")
-PRESSES = ("KeyDiffPress", "TOVAPress", "SnapKVPress")
+PRESSES = {
+    "KeyDiffPress": DECODING,
+    "TOVAPress": DECODING,
+    "SnapKVPress": ("--set", "window_size=16"),
+    "ExpectedAttentionPress": (),
+}
 
 
 def budgets(frame: pd.DataFrame) -> Iterator[tuple[int, float, int, int, int]]:
@@ -51,10 +56,10 @@ def main() -> None:
         prompts = LINES.parent / f"rivals-{seed}-{count}-{length}.jsonl"
         made = ["--count", count, "--length", length, "--seed", seed, "--out", prompts]
         run([sys.executable, PEER / "prompts.py", *made])
-        for press in PRESSES:
+        for press, words in PRESSES.items():
             if lines_of(press, seed, cr, live, count, length):
                 continue
-            common = ["--model", "dms_lab/tiny/model", "--name", "tiny", "--prompts", prompts, "--out", LINES, *DECODING]
+            common = ["--model", "dms_lab/tiny/model", "--name", "tiny", "--prompts", prompts, "--out", LINES, *words]
             run([PYTHON, PEER / "run.py", *common, "--press", press, "--cr", cr, "--budget", live, "--seed", seed])
     asked = budgets(results.load(FOLDER / "results.csv"))
     found = [row for case in asked for press in PRESSES for row in lines_of(press, *case)]
