@@ -153,7 +153,7 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
             run()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may do what they like
         run()
     return graph.replay
 

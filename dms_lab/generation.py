@@ -86,7 +86,8 @@ class Engine:
         )
         try:
             while self.places.waiting or self.places.active:
-                yield from self._admit()
+                if not self.cache.secured:  # else no page was given back since chains were last admitted
+                    yield from self._admit()
                 yield from self._step() if self._fixed is None else self._step_ahead()
         finally:  # whatever ended the run
             self._admission.forget()
@@ -197,10 +198,12 @@ class Engine:
         """
         chains = self._unfinished()
         if chains and not self._fixed.is_ready([chain.place for chain in chains]):
-            yield from self._land(0)
+            if self._in_flight:  # what has ended makes room first
+                yield from self._land(0)
+                return
             self.places.make_room()
             chains = self._unfinished()
-            if chains and not self._fixed.make_ready([chain.place for chain in chains]):
+            if not self._fixed.make_ready([chain.place for chain in chains]):
                 yield from self._step()  # so near to the end of the pool, the host has to see what each token takes
                 return
         if chains:

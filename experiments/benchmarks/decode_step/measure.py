@@ -85,7 +85,7 @@ def dense_cache(cache: Cache, layers: Iterator[tuple[Tensor, Tensor]]) -> Cache:
 
 
 def compact_cache(
-    handle: Retrofit, shape: counts.Shape, batch: int, num_tokens: int, ratio: float, room: int
+    handle: Retrofit, shape: counts.Shape, batch: int, num_tokens: int, ratio: float, room: int, storage: str
 ) -> CompactCache:
     """A compact cache of about that ratio, filled by what stores a prompt, with pages for `room` more tokens."""
     size, window = (shape.num_layers, batch, shape.num_kv_heads), handle.config.window
@@ -93,7 +93,7 @@ def compact_cache(
     runs = torch.rand(*size, -(-num_tokens // RUN), device=DEVICE) >= kept[..., None]
     flags = runs.repeat_interleave(RUN, 3)[..., :num_tokens]
     num_pages = int(torch.ceil(((~flags).sum(3).clamp(max=num_tokens) + window + room) / PAGE + 1).sum())
-    cache = CompactCache(handle.policy(), "model", PAGE, num_pages, num_places=batch, attention="triton")
+    cache = CompactCache(handle.policy(), storage, PAGE, num_pages, num_places=batch, attention="triton")
     handle.hard(cache)
     count = torch.full((batch,), CHUNK, device=DEVICE)
     for layer, (key, value) in enumerate(prompt(shape, batch, num_tokens)):
@@ -205,7 +205,7 @@ def measure(name: str, num_tokens: int, batch: int, args: argparse.Namespace) ->
     whole = SHAPES[name]
     shape = that_fits(whole, batch, num_tokens)
     layers = f", {shape.num_layers} of {whole.num_layers} layers" * (shape != whole)
-    case = f"{name}{layers}, {num_tokens:,} tokens x {batch}"
+    case = f"{name}{layers}, {num_tokens:,} tokens x {batch}" + f", {args.storage}" * (args.storage != "model")
     original = build(name, shape)
     model = copy.deepcopy(original, memo={id(weight): weight for weight in original.parameters()})
     handle = retrofit(model, DmsConfig(window=args.window))
@@ -219,11 +219,11 @@ def measure(name: str, num_tokens: int, batch: int, args: argparse.Namespace) ->
         static = StaticCache(original.config, max_cache_len=num_tokens + room)
         contestants["static"] = eager(over_dense(original, dense_cache(static, prompt(shape, batch, num_tokens))))
     for ratio in args.ratios:
-        cache = compact_cache(handle, shape, batch, num_tokens, ratio, room)
+        cache = compact_cache(handle, shape, batch, num_tokens, ratio, room, args.storage)
         print(f"{case}: CR {cache.compression().eviction:.2f} asked for as {ratio:g}", flush=True)
         contestants[f"eager, CR {ratio:g}"] = eager(over_compact(handle, cache))
         contestants[f"graph, CR {ratio:g}"] = Graph(handle, cache, batch, args.steps)
-    if 1 in args.ratios:
+    if 1 in args.ratios and args.storage == "model":
         check(contestants["dense"], contestants["eager, CR 1"], contestants["graph, CR 1"])
     taken = harness.take_turns(contestants, args.rounds, DEVICE, args.warm_up)
     notes = {"tokens": batch * args.steps, "layers": shape.num_layers}
@@ -253,6 +253,7 @@ def main() -> None:
     cases = ["1024x1", "8192x8", "32768x32", "40960x8"]
     parser.add_argument("--cases", nargs="+", type=case_of, default=[*map(case_of, cases)], help="tokens x streams")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1, 8])
+    parser.add_argument("--storage", default="model", choices=("model", "fp8", "int8"), help="of the compact cache")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--steps", type=int, default=32, help="of a turn")
     parser.add_argument("--rounds", type=int, default=7)
