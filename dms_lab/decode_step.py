@@ -99,10 +99,11 @@ class DecodeStep:
         if not fixed.secure(self.cache, sorted(places), self.cache.page_size):
             return False
         if self.capture is not None and self._known != (known := self._tensors()):
-            self._replay, self._known = self._run, known  # what the old graph holds is free before there is another
+            self._replay, self._known = self._run, None  # what the old graph holds is free before there is another
             self.given.zero_()  # no place is real: to warm up changes nothing
             with current(self.given.device):
                 self._replay = self.capture(self._run)
+            self._known = known
             self.num_captures += 1
         return True
 
