@@ -10,12 +10,14 @@ on a CPU the same function is called. Room is made beforehand (`cache.fixed`). O
 Shapes: P places, V vocabulary, L layers, K KV heads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dms_lab.admission import Places
 from dms_lab.attachment import Retrofit
 from dms_lab.attention.kernels.device import current
 from dms_lab.attention_function import sent
@@ -143,6 +145,59 @@ class DecodeStep:
         model = self.handle.model
         tensors = [*fixed.tensors(self.cache), *model.parameters(), *model.buffers()]
         return self.handle.config, *((x.data_ptr(), x.shape) for x in tensors)
+
+
+class Ahead:
+    """Steps of the active chains, launched one ahead of what the host has read, so that the device has work meanwhile.
+
+    What a step finds for a chain that ended in the one before is dropped, with the pages of that chain.
+    """
+
+    def __init__(self, step: DecodeStep, places: Places) -> None:
+        self.step, self.places = step, places
+        self._in_flight: deque[tuple[list[tuple[Chain, int]], Flight]] = deque()
+        self._most = 0  # steps that may stay in flight now
+
+    def clear(self) -> None:
+        """Forgets what is in flight."""
+        self._in_flight.clear()
+
+    def launch(self) -> bool:
+        """Launches a step for every active chain that goes on, with room made for it where that is in doubt.
+
+        False: so near to the end of a pool of fixed size, the host has to see what each token takes; nothing is in flight.
+        """
+        chains = self._unfinished()
+        self._most = 1 if chains else 0
+        if chains and not self.step.is_ready([chain.place for chain in chains]):
+            if self._in_flight:  # what has ended makes room first
+                self._most = 0
+                return True
+            self.places.make_room()
+            chains = self._unfinished()
+            if not self.step.make_ready([chain.place for chain in chains]):
+                return False
+        if chains:
+            given = {chain.place: Given.of(chain) for chain in chains}
+            for chain in chains:
+                chain.next += 1
+            self._in_flight.append(([(chain, chain.next) for chain in chains], self.step.launch(given)))
+        return True
+
+    def landed(self) -> Iterator[tuple[Chain, Found]]:
+        """What the steps before found for the chains that are still active and did not know that token already."""
+        while len(self._in_flight) > self._most:
+            chains, flight = self._in_flight.popleft()
+            found = flight.read()
+            for chain, count in chains:
+                is_known = count < len(chain.ids)  # what it said before it had to begin anew
+                if self.places.active.get(chain.place) is chain and not is_known:
+                    yield chain, found[chain.place]
+
+    def _unfinished(self) -> list[Chain]:
+        """The active chains that will go on for all that is known before what is in flight has landed."""
+        most = self.places.settings.max_new_tokens
+        return [chain for chain in self.places.active.values() if chain.next + 1 < most]
 
 
 def captured(run: Callable[[], None]) -> Callable[[], None]:

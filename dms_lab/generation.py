@@ -9,7 +9,6 @@ depend, bit for bit, on what else is in the batch. Without it, only a near-tie t
 """
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -22,7 +21,7 @@ from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PoolExhausted
 from dms_lab.cache.policy import Policy, RankedRule, ReadingRule
 from dms_lab.chains import Chain, Generated, Prompt, Settings, unfit
-from dms_lab.decode_step import DecodeStep, Flight, Given
+from dms_lab.decode_step import Ahead, DecodeStep
 from dms_lab.sampling import Sampler, SamplingConfig, chain_generator
 from dms_lab.structure import num_kv_heads, output_head
 
@@ -62,8 +61,9 @@ class Engine:
         num_heads = sum(num_kv_heads(attention) for attention in handle.attentions)
         self.places = Places(self.cache, settings, num_heads, self.device)
         self._admission = Admission(self.places, self.model, self._forward_prompts, self._replays, gathers)
-        self._fixed = DecodeStep(handle, self.cache, self.sampler, settings.places) if settings.step == "graph" else None
-        self._in_flight: deque[tuple[list[tuple[Chain, int]], Flight]] = deque()
+        self._ahead: Ahead | None = None
+        if settings.step == "graph":
+            self._ahead = Ahead(DecodeStep(handle, self.cache, self.sampler, settings.places), self.places)
         self._is_running = False
         self._started, self._num_generated = time.monotonic(), 0
         self._on_token: Callable[[Prompt, list[int]], None] | None = None
@@ -88,12 +88,13 @@ class Engine:
             while self.places.waiting or self.places.active:
                 if not self.cache.secured:  # else no page was given back since chains were last admitted
                     yield from self._admit()
-                yield from self._step() if self._fixed is None else self._step_ahead()
+                yield from self._step() if self._ahead is None else self._step_ahead()
         finally:  # whatever ended the run
             self._admission.forget()
-            self._in_flight.clear()
             self._is_running = False
             self.places.clear()
+            if self._ahead is not None:
+                self._ahead.clear()
 
     @property
     def tokens_per_second(self) -> float:
@@ -192,44 +193,14 @@ class Engine:
             yield from self._choose([chains[i] for i in fresh], logits[fresh])
 
     def _step_ahead(self) -> Iterator[Generated]:
-        """Launches a step for every active chain, then takes the tokens of the step before: the device has work meanwhile.
-
-        What a step finds for a chain that ended in the one before is dropped, with the pages of that chain.
-        """
-        chains = self._unfinished()
-        if chains and not self._fixed.is_ready([chain.place for chain in chains]):
-            if self._in_flight:  # what has ended makes room first
-                yield from self._land(0)
-                return
-            self.places.make_room()
-            chains = self._unfinished()
-            if not self._fixed.make_ready([chain.place for chain in chains]):
-                yield from self._step()  # so near to the end of the pool, the host has to see what each token takes
-                return
-        if chains:
-            given = {chain.place: Given.of(chain) for chain in chains}
-            for chain in chains:
-                chain.next += 1
-            self._in_flight.append(([(chain, chain.next) for chain in chains], self._fixed.launch(given)))
-        yield from self._land(1 if chains else 0)
-
-    def _unfinished(self) -> list[Chain]:
-        """The active chains that will go on for all that is known before what is in flight has landed."""
-        return [chain for chain in self.places.active.values() if chain.next + 1 < self.settings.max_new_tokens]
-
-    def _land(self, most: int) -> Iterator[Generated]:
-        """Takes in the tokens of the oldest steps in flight until there are `most`."""
-        while len(self._in_flight) > most:
-            chains, flight = self._in_flight.popleft()
-            found, page_bytes = flight.read(), self.cache.pool.page_bytes + _ENTRY_BYTES
-            for chain, count in chains:
-                is_known = count < len(chain.ids)  # what it said before it had to begin anew
-                if self.places.active.get(chain.place) is not chain or is_known:
-                    continue
-                mine = found[chain.place]
-                held_bytes = mine.pages * page_bytes + self.cache.row_bytes
-                self._note(chain, (mine.live, mine.live, held_bytes), prefill=False)
-                yield from self._take(chain, mine.token, mine.is_sound)
+        """Launches a step for every active chain, and takes the tokens of the step before."""
+        if not self._ahead.launch():
+            yield from self._step()
+            return
+        page_bytes, row_bytes = self.cache.pool.page_bytes + _ENTRY_BYTES, self.cache.row_bytes
+        for chain, found in self._ahead.landed():
+            self._note(chain, (found.live, found.live, found.pages * page_bytes + row_bytes), prefill=False)
+            yield from self._take(chain, found.token, found.is_sound)
 
     def _choose(self, chains: list[Chain], logits: Tensor) -> Iterator[Generated]:
         """Draws the next token of each chain, ends those that are done."""

@@ -71,7 +71,7 @@ def test_chains_and_what_they_cost_are_those_of_eager_steps(make, sampling, stor
     wanted, _ = answered(handle, make, sampling, storage=storage)
     found, engine = answered(handle, make, sampling, storage=storage, attention="triton", step="graph")
     assert_same(found, wanted)
-    assert (engine._fixed.num_captures > 0) == (DEVICE.type == "cuda")
+    assert (engine._ahead.step.num_captures > 0) == (DEVICE.type == "cuda")
 
 
 def test_a_chain_that_ends_leaves_no_trace_of_the_step_that_it_was_ahead(monkeypatch):
@@ -309,4 +309,4 @@ def test_on_a_gpu_a_captured_step_gives_eager_chains_and_waits_for_nothing(monke
     settings = {"sampling": SAMPLED, "attention": "triton", "step": "graph", "deterministic": True, "max_new_tokens": 40}
     found, engine = answered(handle, **settings)
     assert_same(found, wanted)
-    assert engine._fixed.num_captures > 0
+    assert engine._ahead.step.num_captures > 0
