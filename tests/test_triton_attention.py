@@ -18,6 +18,7 @@ from experiments.benchmarks import harness
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
+from kernel_bounds import within_bounds  # noqa: F401  every test of this file has it
 
 from dms_lab.attention.kernels import far, relaxed, spans
 from dms_lab.attention.kernels.tiles import Tile, Tiles

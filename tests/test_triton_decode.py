@@ -23,6 +23,7 @@ from dms_lab.policies.dms import DmsConfig
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
+from kernel_bounds import within_bounds  # noqa: F401  every test of this file has it
 from paged_cases import DEVICE, errs_like, fill, held, normal, state
 
 from dms_lab.attention.kernels import device

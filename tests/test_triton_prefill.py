@@ -17,6 +17,7 @@ from experiments.benchmarks import harness
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
 
+from kernel_bounds import within_bounds  # noqa: F401  every test of this file has it
 from paged_cases import DEVICE, errs_like, fill, held, normal
 
 from dms_lab.attention.kernels import paged as kernels
