@@ -319,7 +319,8 @@ def _check_processes(config: TrainConfig) -> None:
 def config_hash(config: TrainConfig | dict[str, Any]) -> str:
     """12 hex digits over everything that decides the trained weights, of a configuration or of its plain form."""
     plain = config if isinstance(config, dict) else dataclasses.asdict(config)
-    kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED and _HASHED_UNLESS.get(key) != value}
+    unchanged = {key for key, value in _HASHED_UNLESS.items() if plain.get(key) == value}
+    kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED | unchanged}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -232,6 +232,10 @@ def test_precision_is_hashed_where_it_is_chosen_and_runs_from_before_keep_their_
     assert not is_mixed(build("trained=lora"), on_gpu=True)
 
 
+def test_what_is_not_set_is_hashed_as_such():
+    assert config_hash({"cr": 8, "lr": None}) != config_hash({"cr": 8})
+
+
 def test_a_number_s_spelling_does_not_change_the_hash():
     assert config_hash(build("cr=8", "scale=100", "steps=1e2")) == config_hash(build("cr=8.0", "scale=100.0", "steps=100"))
 

@@ -1,11 +1,14 @@
 """A sweep's points are those that Hydra would run, each once, and one that is wrong stops all of them."""
 
+import hashlib
+import json
 import math
 import os
 import re
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from omegaconf import OmegaConf
 from dms_lab.config import config_hash, resolve
 from dms_lab.sweep_config import build_sweep
 from dms_lab.sweeping.composition import Composer, config_folder
+from dms_lab.sweeping.evaluations import _NOT_HASHED, _NOT_HASHED_OF_EVAL, evaluation_hash, evaluation_of
 from dms_lab.sweeping.points import expand
 from dms_lab.sweeping.resources import load_cluster, resources_of, slurm_parameters
 
@@ -239,6 +243,20 @@ def test_nodes_of_a_job_that_are_not_those_of_its_run_are_refused():
     with pytest.raises(ValueError, match=r"model=tiny: nodes=2 of the job are not the 1 of the run"):
         slurm_parameters(one, resources_of(one, sweep, {}), "name")
     assert slurm_parameters(two, resources_of(two, sweep, {}), "name")["nodes"] == 2
+
+
+def test_evaluations_from_before_there_was_a_choice_of_steps_keep_their_hash():
+    with Composer() as composer:
+        asked, of_graph = (
+            evaluation_of(composer, [*TASK, "model=tiny", "policy=full", *words], "study").config
+            for words in ([], ["eval.step=graph", "eval.attention=triton"])
+        )
+    plain = {key: value for key, value in asdict(asked).items() if key not in _NOT_HASHED}
+    plain["eval"] = {k: v for k, v in plain["eval"].items() if k not in _NOT_HASHED_OF_EVAL | {"step"}}
+    assert plain["eval"]["lengths"] is None
+    assert evaluation_hash(asked) == hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+    eager = replace(of_graph, eval=replace(of_graph.eval, step="eager"))
+    assert len({evaluation_hash(config) for config in (asked, of_graph, eager)}) == 3
 
 
 def test_an_evaluation_of_a_checkpoint_asks_for_what_its_model_needs(tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def evaluation_hash(config: EvaluateConfig | DialConfig) -> str:
     """12 hex digits over everything that decides the results of an evaluation."""
     kept = {key: value for key, value in asdict(config).items() if key not in _NOT_HASHED}
     if isinstance(config, EvaluateConfig):
-        unchanged = {key for key, value in kept["eval"].items() if _HASHED_UNLESS.get(key) == value}
+        unchanged = {key for key, value in _HASHED_UNLESS.items() if kept["eval"][key] == value}
         kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in _NOT_HASHED_OF_EVAL | unchanged}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
