@@ -481,7 +481,10 @@ def measured(folder):
     frame = results.load(folder / "experiments" / "study" / "results.csv")
     keys = ("model", "method", "task", "target_cr", "seed", "variant")
     values = ("accuracy", "perplexity", "measured_cr", "kv_reads", "peak_tokens", "problem_scores")
-    found = {tuple(row[k] for k in keys): [str(row[v]) for v in values] for row in frame.to_dict("records")}
+    found = {
+        (*(row[k] for k in keys), row["settings"].get("live_tokens")): [str(row[v]) for v in values]
+        for row in frame.to_dict("records")
+    }
     assert len(found) == len(frame)
     return found
 
