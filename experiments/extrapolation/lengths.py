@@ -13,7 +13,6 @@ from dms_lab.plots import axes, save_figure
 
 FOLDER = Path(__file__).parent
 LENGTHS = (512, 1024, 1536)
-BEYOND = (2048, 4096)  # full attention alone
 LOOKS = {
     "full attention": ("black", "-", "s"),
     "retrofitted at 512": ("#0072B2", "-", "o"),
@@ -35,10 +34,9 @@ def by_length() -> pd.DataFrame:
     """Points of each length, with their names."""
     frame = results.load(FOLDER / "results.csv")
     parts = []
-    for length in (*LENGTHS, *BEYOND):
+    for length in LENGTHS:
         mine = frame[frame["task"].str.fullmatch(rf"dms_tiny_[a-z]+_{length}")]
-        if len(mine):
-            parts.append(curve_points(mine).fillna({"variant": ""}).assign(length=length))
+        parts.append(curve_points(mine).fillna({"variant": ""}).assign(length=length))
     found = pd.concat(parts)
     return found.assign(name=[name_of(row) for row in found.to_dict("records")])
 
@@ -61,6 +59,7 @@ def figure(found: pd.DataFrame):
             panel.set_xlabel("tokens of a problem with its answer")
             panel.set_ylabel(title)
         right.set_yscale("log", base=2)
+        right.set_yticks([64, 128, 256, 512, 1024], ["64", "128", "256", "512", "1024"])
         axes.legend_below(drawn, handles)
     return drawn
 

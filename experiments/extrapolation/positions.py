@@ -1,7 +1,7 @@
 """Loss and compression along documents of 4,096 tokens: python experiments/extrapolation/positions.py
 
     done runs of sweep.yaml -> held-out source code, one forward a document through the masked cache
-      -> loss and tokens / live slots by position -> positions.csv, positions.png
+      -> loss and tokens / live slots by position -> positions.csv, positions.png and .svg
 
 The tasks of the embedded model end at 1,536 tokens, where full attention fails too; text goes on. A model's loss on a token
 far into a document is held against that of full attention on the same token.
@@ -140,7 +140,7 @@ def main() -> None:
             )
         pd.DataFrame(list(rows(points, args.documents))).to_csv(path, index=False, float_format="%.4f")
     frame = pd.read_csv(path)
-    save_figure(figure(frame), FOLDER / "positions.png")
+    save_figure(figure(frame), FOLDER / "positions")
     for column in ("loss", "measured_cr"):
         print(column)
         print(frame.pivot_table(index="variant", columns="last", values=column, sort=False).round(2).to_string())
