@@ -36,7 +36,8 @@ def setting_of(variant: str) -> str | None:
     words = [word for word in variant.split() if word not in _SAME]
     if steps_of(variant) == STEPS:
         return "as the recipe"
-    return None if steps_of(variant) is not None else ", ".join(words)
+    has_other_steps = steps_of(variant) is not None or any(word.startswith("steps=") for word in words)
+    return None if has_other_steps else ", ".join(words)
 
 
 def figure(found: pd.DataFrame):
