@@ -7,11 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, `peak` is the most that storages made inside held at once, of `device` alone if that is given.
-
-    Storages are watched by torch's own weak references: Python's, to the objects that stand for storages, were seen to end
-    in a crash at a later garbage collection.
-    """
+    """Inside, `peak` is the most that storages made inside held at once, of `device` alone if that is given."""
 
     def __init__(self, device=None):
         super().__init__()

@@ -4,13 +4,13 @@ Large models run on fake tensors, which have shapes and no memory. There attenti
 kernels keep: inputs, output, log-sum-exp. The embedded model is measured as it is.
 """
 
-import copy
 import dataclasses
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dms_lab import attention_function, distillation
@@ -58,6 +58,10 @@ def fake(monkeypatch):
         wide = None if log_keep is None else log_keep.expand(key.shape[:3]).contiguous()
         return Kernel.apply(query, key, value, wide, kept)
 
+    def copied(*_):
+        raise AssertionError("a copy of a weak reference to a storage is one release too many: do not copy fake tensors")
+
+    monkeypatch.setattr(StorageWeakRef, "__deepcopy__", copied, raising=False)
     monkeypatch.setattr(attention_function, "soft_attention", attend)
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)  # fake parameters cannot be moved
     monkeypatch.setattr(module, "_real_tokens", lambda document: torch.empty(document.numel() - 1, dtype=torch.long))
@@ -66,10 +70,15 @@ def fake(monkeypatch):
     def peak(config, num_layers):
         family, sizes, tied = FAMILIES[config.model.path]
         sizes = sizes | {"num_hidden_layers": num_layers, "num_attention_heads": 32, "num_key_value_heads": 8}
-        shape = AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)
+
+        def build():
+            shape = AutoConfig.for_model(family, tie_word_embeddings=tied, **sizes)
+            return AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype)).eval()
+
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            model = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.model.dtype)).eval()
-            teacher = copy.deepcopy(model) if config.trained == "all" else None
+            # The teacher is built as well, not copied: a copy of a fake tensor copies its mode with the weak references to
+            # storages in there, which are then released twice, and the interpreter ends in a crash somewhere later.
+            model, teacher = build(), build() if config.trained == "all" else None
             handle = retrofit(model, run.policy_config(config))
             if config.model.gradient_checkpointing:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
