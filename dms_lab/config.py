@@ -6,12 +6,10 @@ Nulls stand for "the model's default". Every error is raised here, before anythi
 """
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from dms_lab.typed_config import build, typed
+from dms_lab.typed_config import build, config_digest, deciding, typed
 
 CHOICES = {
     "method": ("dms", "streaming_llm"),
@@ -319,9 +317,7 @@ def _check_processes(config: TrainConfig) -> None:
 def config_hash(config: TrainConfig | dict[str, Any]) -> str:
     """12 hex digits over everything that decides the trained weights, of a configuration or of its plain form."""
     plain = config if isinstance(config, dict) else dataclasses.asdict(config)
-    unchanged = {key for key, value in _HASHED_UNLESS.items() if plain.get(key) == value}
-    kept = {key: value for key, value in plain.items() if key not in _NOT_HASHED | unchanged}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    return config_digest(deciding(plain, _NOT_HASHED, _HASHED_UNLESS))
 
 
 def run_folder(config: TrainConfig) -> str:

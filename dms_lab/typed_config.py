@@ -1,14 +1,17 @@
 """Plain values to frozen dataclasses, each of the type that its field has; what is wrong is refused by the name of its key.
 
 {"lr": 1, "betas": [0.9, 0.95]} -> build(schema, values, "model.") -> schema(lr=1.0, betas=(0.9, 0.95))
+    and back: deciding(plain values) -> config_digest -> the name of what they decide
 """
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 _KINDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text, a number quoted"}
@@ -69,3 +72,16 @@ def build(schema: type, values: dict[str, Any], where: str) -> Any:
     hints = get_type_hints(schema)
     groups = {name for name, value in values.items() if dataclasses.is_dataclass(value)}  # built already
     return schema(**{n: v if n in groups else typed(where + n, v, hints[n]) for n, v in values.items()})
+
+
+def deciding(values: Mapping[str, Any], never: Collection[str], unless: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain `values` that decide a result: without the keys `never`, and those as in `unless`.
+
+    `unless` holds keys that came later, at the value that computes what was computed before they came: names do not change.
+    """
+    return {k: v for k, v in values.items() if k not in never and not (k in unless and v == unless[k])}
+
+
+def config_digest(values: Mapping[str, Any]) -> str:
+    """12 hex digits over plain `values`, in any order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

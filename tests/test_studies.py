@@ -1,11 +1,15 @@
 """The studies under experiments/ are sweeps that can be run as they stand."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from dms_lab.plots import save_figure
 from dms_lab.sweep_config import load_sweep
 from dms_lab.sweeping.points import expand
+from experiments.data_efficiency import figure as data_efficiency
+from experiments.extrapolation import lengths, positions
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "experiments").glob("*/*.yaml"))
@@ -27,3 +31,43 @@ def test_a_study_has_a_grid_for_two_cores_and_one_for_a_bigger_machine(name):
     assert {point.config.model.name for point in expand(small)} == {"tiny"}
     assert "tiny" not in {point.config.model.name for point in expand(full)}
     assert full.cluster == "slurm"
+
+
+# -- figures of studies that are drawn by scripts of their own ---------------------------------------------------------
+@pytest.fixture
+def drawn_in(tmp_path, monkeypatch):
+    """Calls a script's main with its figures, and only these, going to an empty folder; returns it."""
+
+    def call(script, *words):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *words])
+        monkeypatch.setattr(script, "save_figure", lambda figure, path: save_figure(figure, tmp_path / path.name))
+        script.main()
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    return call
+
+
+def rows_of(text):
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def test_lengths_prints_the_table_that_its_readme_shows(drawn_in, capsys):
+    assert drawn_in(lengths) == ["lengths.png", "lengths.svg"]
+    printed = rows_of(capsys.readouterr().out)
+    readme = (ROOT / "experiments/extrapolation/README.md").read_text().splitlines()
+    assert len(printed) > 20
+    assert set(printed) <= set(readme)
+
+
+def test_positions_are_drawn_again_from_what_was_measured(drawn_in, capsys):
+    assert drawn_in(positions, "--draw") == ["positions.png", "positions.svg"]
+    assert "measured_cr" in capsys.readouterr().out
+
+
+def test_the_settings_of_data_efficiency_are_compared_at_equal_steps(drawn_in):
+    assert drawn_in(data_efficiency) == ["accuracy.png", "accuracy.svg"]
+    variants = set(data_efficiency.points()["variant"])
+    settings = {name for name in map(data_efficiency.setting_of, variants) if name}
+    assert {"as the recipe", "kl_direction=reverse", "trained=adapter", "predictor=neuron"} < settings
+    steps = {steps for steps in map(data_efficiency.steps_of, variants) if steps}
+    assert {data_efficiency.STEPS, data_efficiency.RECIPE} < steps

@@ -1,14 +1,12 @@
 """Evaluations that a sweep asks for by words of `dms_lab.evaluate`: benchmarks, or a run's own at other ratios."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dms_lab.evaluation_config import EvaluateConfig, evaluate_keys, ratios, resolve_evaluate
 from dms_lab.sweeping.composition import Composer
-from dms_lab.typed_config import check_overrides
+from dms_lab.typed_config import check_overrides, config_digest, deciding
 
 OF_ALL = ("sweep", "cluster", "search")  # keys that are said of all points together
 # These change where results go, how they are computed or watched, not what comes out.
@@ -46,11 +44,10 @@ class Evaluation:
 
 def evaluation_hash(config: EvaluateConfig | DialConfig) -> str:
     """12 hex digits over everything that decides the results of an evaluation."""
-    kept = {key: value for key, value in asdict(config).items() if key not in _NOT_HASHED}
+    kept = deciding(asdict(config), _NOT_HASHED, {})
     if isinstance(config, EvaluateConfig):
-        unchanged = {key for key, value in _HASHED_UNLESS.items() if kept["eval"][key] == value}
-        kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in _NOT_HASHED_OF_EVAL | unchanged}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+        kept["eval"] = deciding(kept["eval"], _NOT_HASHED_OF_EVAL, _HASHED_UNLESS)
+    return config_digest(kept)
 
 
 def resolve_evaluation(composed: dict[str, Any]) -> EvaluateConfig | DialConfig:
