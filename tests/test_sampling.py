@@ -282,16 +282,27 @@ def test_a_token_of_probability_zero_is_never_chosen(row, top_k):
         assert (tokens[0], tokens[2]) == (min(possible), max(possible))
 
 
-@pytest.mark.parametrize(
-    ("rounding", "uniform", "expected"),
-    [([0, 5, 3, 2, 8], ALMOST_ONE, 3), ([9, 0, 0, 0, 0], 1e-12, 1)],  # above all allowed tokens; before the first
-)
-def test_nor_is_it_where_a_parallel_sum_is_not_monotone(rounding, uniform, expected, monkeypatch):
-    exact = torch.Tensor.cumsum
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: exact(x, dim) + 1e-12 * torch.tensor(rounding))
-    logits = torch.tensor([[-math.inf, 0.0, 1.0, 0.5, -math.inf]])
-    tokens, _ = Sampler(SamplingConfig(temperature=1.0), ()).choose(logits, [[]], [uniform])
-    assert tokens.tolist() == [expected]
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32), st.sampled_from([1.0, 0.95, 0.5]))
+def test_the_order_of_adding_changes_no_draw(seed, top_p):
+    """A device may add up in any order; backwards is one of them."""
+    logits = 3 * torch.randn(8, 1000, generator=torch.Generator().manual_seed(seed))
+    sampler, uniforms = Sampler(SamplingConfig(temperature=0.6, top_p=top_p), ()), [k / 8 for k in range(8)]
+    forwards, _ = sampler.choose(logits, [[]] * 8, uniforms)
+    total, exact = torch.Tensor.sum, torch.Tensor.cumsum
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("cumsum", "cumsum_"):
+            patch.setattr(torch.Tensor, name, lambda x, dim: total(x, dim, True) - exact(x.flip(dim), dim).flip(dim) + x)
+        backwards, _ = sampler.choose(logits, [[]] * 8, uniforms)
+    assert torch.equal(forwards, backwards)
+
+
+def test_the_largest_vocabulary_has_room_and_a_larger_one_is_refused():
+    sampler = Sampler(SamplingConfig(temperature=1.0, top_p=0.75), ())
+    tokens, _ = sampler.choose(torch.zeros(3, 2**19), [[]] * 3, [0.0, 0.5, ALMOST_ONE])
+    assert tokens.tolist() == [0, 3 * 2**16, 3 * 2**17 - 1]
+    with pytest.raises(ValueError, match="a vocabulary of 524289"):
+        sampler.choose(torch.zeros(1, 2**19 + 1), [[]], [0.5])
 
 
 def test_intervals_are_half_open_and_as_fine_as_float64():

@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.logits_process import (
-    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from dms_lab.sampling.config import SamplingConfig, is_int
 from dms_lab.sampling.stopping import StopRule, id_set
+
+# Probabilities are whole multiples of 2^-43 of the likeliest token's. Sums of whole numbers do not depend on the order of
+# adding, so neither a batch nor a device changes what is drawn; 2^19 tokens' worth of them fit in an int64.
+_LIKELIEST, _MOST_TOKENS = 2**43, 2**19
 
 
 @dataclass(frozen=True)
@@ -64,19 +66,13 @@ class Sampler:
         self.eos_ids = id_set(eos_ids)
         self.tokenizer = tokenizer
         self.stop_rule()  # what no rule can follow fails here, before anything is generated
-        # The order of transformers' `generate`. The first list treats rows alike wherever they stand in a batch: it works
-        # by element or takes maxima. The second adds up, and the order of a sum may follow the batch: it gets single rows.
-        self._batched, self._single = [], []
+        self._processors = []  # in the order of transformers' `generate`; each works by element or takes maxima
         if config.repetition_penalty != 1:
-            self._batched.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
+            self._processors.append(RepetitionPenaltyLogitsProcessor(float(config.repetition_penalty)))
         if config.temperature not in (0, 1):
-            self._batched.append(TemperatureLogitsWarper(float(config.temperature)))
+            self._processors.append(TemperatureLogitsWarper(float(config.temperature)))
         if config.temperature and config.top_k:
-            self._batched.append(TopKLogitsWarper(config.top_k))
-        if config.temperature and config.top_p < 1:
-            self._single.append(TopPLogitsWarper(float(config.top_p)))
-        if config.temperature and config.min_p:
-            self._single.append(MinPLogitsWarper(float(config.min_p)))
+            self._processors.append(TopKLogitsWarper(config.top_k))
 
     def stop_rule(self) -> StopRule:
         """A fresh rule for one chain."""
@@ -91,10 +87,11 @@ class Sampler:
         `logits` [R, V] of any floating dtype, computed on in float32, not changed. `histories`: R lists of the tokens so
         far, prompt included, of any lengths. `uniforms`: R numbers in [0, 1), not read if greedy. A row depends, bit for
         bit, on its own logits, history and uniform alone. A row with NaN or +inf, or with nothing but -inf, is not valid;
-        its token is 0 and means nothing. A token of probability 0 is never chosen.
+        its token is 0 and means nothing. A token of probability 0, or of at most 2^-44 of the likeliest, is never chosen.
         """
         _check_rows(logits, histories, uniforms)
-        return self._chosen(logits, self._context(histories, logits), uniforms)
+        drawn = torch.tensor([float(x) for x in uniforms], dtype=torch.float64, device=logits.device)
+        return self._chosen(logits, self._context(histories, logits), drawn)
 
     def check_draws(self) -> None:
         """Raises `ValueError` unless `draw` can choose as this configuration says."""
@@ -109,18 +106,15 @@ class Sampler:
         """As `choose`, to the bit, for `uniforms` [R] in float64 on the logits' device; checks and waits for nothing."""
         return self._chosen(logits, None, uniforms)
 
-    def _chosen(self, logits: Tensor, context: Tensor | None, uniforms: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
+    def _chosen(self, logits: Tensor, context: Tensor | None, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         scores = logits.float()
-        for process in self._batched:
+        for process in self._processors:
             scores = process(context, scores)
         top = scores.amax(-1)  # NaN where a row has one
         valid = top.isfinite()
         if not self.config.temperature:
             return scores.argmax(-1).masked_fill(~valid, 0), valid
-        scores = scores.masked_fill(~valid[:, None], 0.0)
-        tokens = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        for row in range(len(scores)):
-            tokens[row] = self._draw(scores[row : row + 1].clone(), uniforms[row])  # a copy: aligned like any other row
+        tokens = self._drawn(scores.masked_fill(~valid[:, None], 0.0), uniforms)
         return tokens.masked_fill(~valid, 0), valid
 
     def _context(self, histories: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
@@ -133,17 +127,29 @@ class Sampler:
             context[row, : len(history)] = torch.as_tensor(history, dtype=torch.long)
         return context.to(logits.device)
 
-    def _draw(self, scores: Tensor, uniform: float | Tensor) -> Tensor:
-        """The first allowed token whose cumulative probability exceeds `uniform`; `scores` [1, V]. No synchronisation."""
-        for process in self._single:
-            scores = process(None, scores)
-        probabilities = scores[0].double().softmax(-1)
-        cumulative = probabilities.cumsum(-1)
-        allowed = probabilities > 0
-        reached = allowed & (cumulative > uniform * cumulative[-1])
-        position = torch.arange(len(allowed), device=allowed.device)
-        last = position.where(allowed, -1).amax()  # where rounding leaves nothing above a uniform close to 1
-        return position.where(reached, len(allowed)).amin().minimum(last)
+    def _drawn(self, scores: Tensor, uniforms: Tensor) -> Tensor:
+        """The first tokens [R] of `scores` [R, V] with a cumulative probability above `uniforms` [R]; waits for nothing."""
+        if scores.shape[1] > _MOST_TOKENS:
+            raise ValueError(f"tokens are drawn from at most {_MOST_TOKENS}, not from a vocabulary of {scores.shape[1]}")
+        weights = scores.double()  # a copy: in place from here on, [R, V] is large
+        weights = weights.sub_(weights.amax(-1, keepdim=True)).exp_().mul_(_LIKELIEST).round_().long()
+        if self.config.top_p < 1:
+            weights.masked_fill_(_unlikely(scores, weights, self.config.top_p), 0)
+        if self.config.min_p:
+            weights.masked_fill_(weights < round(self.config.min_p * _LIKELIEST), 0)
+        cumulative = weights.cumsum_(-1)
+        total = cumulative[:, -1:]
+        threshold = (uniforms[:, None] * total).long().minimum(total - 1)  # rounding reaches the total just below 1
+        return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def _unlikely(scores: Tensor, weights: Tensor, top_p: float) -> Tensor:
+    """False [R, V] for the fewest tokens, likeliest first, of at least `top_p` of a row's weight; of equals, the first."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    ordered = weights.gather(-1, order)
+    cumulative = ordered.cumsum(-1)
+    dropped = cumulative - ordered >= (top_p * cumulative[:, -1:]).ceil().long()
+    return torch.empty_like(dropped).scatter_(-1, order, dropped)
 
 
 def _check_rows(logits: Tensor, histories: Sequence[Sequence[int]], uniforms: Sequence[float]) -> None:
