@@ -27,7 +27,7 @@ CHOICES = {
     "data.kind": ("tiny", "text", "jsonl", "openr1_math"),
     "model.dtype": ("float32", "bfloat16", "float16"),
 }
-RIVALS = ("streaming_llm", "tova", "h2o", "random", "quest")
+RIVALS = ("streaming_llm", "tova", "h2o", "keydiff", "random", "quest")
 
 
 @dataclass(frozen=True)

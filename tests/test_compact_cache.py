@@ -18,7 +18,7 @@ from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.masked import MaskedCache
 from dms_lab.cache.pages import PoolExhausted
 from dms_lab.cache.policy import LayerState, PolicyCache, RankedRule, Scores
-from dms_lab.policies import DmsPolicy, FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
+from dms_lab.policies import DmsPolicy, FullPolicy, H2OPolicy, KeyDiffPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.base import WindowedPolicy
 from dms_lab.policies.dms import DmsConfig
 
@@ -28,6 +28,7 @@ POLICIES = {
     "streaming_llm": lambda: StreamingLLMPolicy(7, num_sinks=2),
     "tova": lambda: TovaPolicy(7),
     "h2o": lambda: H2OPolicy(7),
+    "keydiff": lambda: KeyDiffPolicy(7),
     "random": lambda: RandomPolicy(7),
 }
 
@@ -158,6 +159,7 @@ RULES = {
     "streaming_llm": st.builds(lambda window, sinks: StreamingLLMPolicy(window + sinks, sinks), *[st.integers(1, 9)] * 2),
     "tova": st.builds(TovaPolicy, st.integers(2, 14)),
     "h2o": st.builds(H2OPolicy, st.integers(2, 14)),
+    "keydiff": st.builds(KeyDiffPolicy, st.integers(3, 14)),
     "random": st.builds(RandomPolicy, st.integers(2, 14), st.integers(0, 3)),
 }
 
@@ -201,6 +203,41 @@ def test_all_rows_at_once_as_on_a_gpu_give_the_same(policy, turns, layout, seed)
         patch.setattr(paged, "_groups", paged._unseen_groups)
         found = converse(CompactCache(policy, **layout), rows, turns, scores)
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+def looked_at(rule, storage="model"):
+    """What a rule of budget 6 was given to rank in a conversation of two rows, and the rows."""
+    seen = []
+
+    class Looking(rule):
+        def rank(self, found):
+            seen.append(found)
+            return super().rank(found)
+
+    turns = [(9, 4), *[(1, 1)] * 5, (1, 0), (3, 2)]
+    rows = random_rows(turns, seed=0)
+    converse(CompactCache(Looking(6), storage, page_size=4), rows, turns, Scores(0.6))
+    return seen, rows
+
+
+@pytest.mark.parametrize(("storage", "bound"), [("model", 0.0), ("fp8", 1 / 16), ("int8", 0.02)])
+def test_a_rule_that_looks_at_keys_is_given_those_that_are_attended_to(storage, bound):
+    seen, rows = looked_at(KeyDiffPolicy, storage)
+    assert len(seen) > 10
+    for found in seen:
+        for i, (_, keys, *_) in enumerate(rows):
+            is_live = (found.key[i] != 0).any(-1)
+            assert (is_live.sum(-1) <= 6).all()
+            for head in range(K):
+                position = found.position[i, head][is_live[head]]
+                assert position.unique().numel() == position.numel()
+                error = (found.key[i, head][is_live[head]] - keys[head, position]).abs().max()
+                assert error <= bound * keys[head].abs().max()
+
+
+def test_a_rule_is_given_no_keys_and_no_weights_that_it_does_not_look_at():
+    assert {found.key for found in looked_at(TovaPolicy)[0]} == {None}
+    assert {found.weights for found in looked_at(KeyDiffPolicy)[0]} == {None}
 
 
 @st.composite

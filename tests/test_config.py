@@ -150,7 +150,7 @@ def test_the_published_command_composes():
         (["precision=bf16-mixed"], "with trained=adapter the frozen base computes in its own precision"),
         (["precision=bf16"], "precision='bf16' is not known; choose one of auto, bf16-mixed, 32-true"),
         (["trained=lora", "lora_rank=0"], "lora_rank=0 must be at least 1"),
-        (["eval.rivals=[snapkv]"], "choose from streaming_llm, tova, h2o, random"),
+        (["eval.rivals=[snapkv]"], "choose from streaming_llm, tova, h2o, keydiff, random"),
         (["eval.num_problems=0"], "eval.num_problems=0 must be at least 1"),
         (["ramp=0"], "ramp=0"),
         (["ramp=null"], "ramp=None must be a finite number"),

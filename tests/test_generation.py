@@ -16,6 +16,7 @@ from dms_lab.generation import Engine, generate_greedy
 from dms_lab.policies import (
     FullPolicy,
     H2OPolicy,
+    KeyDiffPolicy,
     OffloadPolicy,
     QuestPolicy,
     RandomPolicy,
@@ -144,6 +145,7 @@ RULES = {
     "full": FullPolicy,
     "tova": lambda: TovaPolicy(12),
     "h2o": lambda: H2OPolicy(12),
+    "keydiff": lambda: KeyDiffPolicy(12),
     "random": lambda: RandomPolicy(12),
     "streaming_llm": lambda: StreamingLLMPolicy(12),
     "quest": lambda: QuestPolicy(12, block=4, dense_layers=1),

@@ -254,7 +254,7 @@ def test_full_attention_scores_as_the_original_model(base_folder):
     assert scored(DmsLM(attached=attached, batch_size=3), PAIRS) == scored(original, PAIRS)
 
 
-@pytest.mark.parametrize("policy", ["streaming_llm", "tova", "random"])
+@pytest.mark.parametrize("policy", ["streaming_llm", "tova", "keydiff", "random"])
 def test_rules_that_rank_score_alike_however_they_are_batched(base_folder, policy):
     attached = attach(str(base_folder), None, policy, 8, dtype="float32", device="cpu")
     alone = scored(DmsLM(attached=attached, batch_size=1), PAIRS)

@@ -24,6 +24,7 @@ METHODS = [
     "streaming_llm_tuned",
     "tova",
     "h2o",
+    "keydiff",
     "random",
     "quest",
     "offload",

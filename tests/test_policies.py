@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_lab.attention import reference
 from dms_lab.cache.policy import LayerState, Ranking, Scores
-from dms_lab.policies import FullPolicy, H2OPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
+from dms_lab.policies import FullPolicy, H2OPolicy, KeyDiffPolicy, RandomPolicy, StreamingLLMPolicy, TovaPolicy
 from dms_lab.policies.base import live_keys, visible_keys
 from dms_lab.policies.dms import AdapterPredictor, DmsConfig
 
@@ -72,6 +73,46 @@ def test_h2o_drops_the_lightest_hitter_outside_the_recent_half(qkv):
     torch.testing.assert_close(attend(H2OPolicy(6), *qkv)[0], walk(qkv, choose))
 
 
+def test_keydiff_drops_the_key_most_similar_to_the_mean_of_the_normalised_ones(qkv):
+    """The definition is the paper's, as kvpress computes it over the keys that a head holds."""
+
+    def choose(kept, weights, i):
+        for index, head in enumerate(kept):
+            if len(head) == 5:
+                keys = qkv[1][0, index, head]
+                anchor = F.normalize(keys, dim=-1).mean(0, keepdim=True)
+                head.pop(int(F.cosine_similarity(keys, anchor, dim=-1).argmax()))
+
+    torch.testing.assert_close(attend(KeyDiffPolicy(5), *qkv)[0], walk(qkv, choose))
+
+
+def test_keydiff_by_hand():
+    """Keys to the right, up, diagonal, left: the diagonal goes first, though longest, then up, between right and left.
+
+    With each key turned by a half the other head has to choose alike. A last key like the first: both are as close to the
+    mean of right, left, right, so the older one goes.
+    """
+    keys = torch.tensor([[1.0, 0], [0, 2], [30, 30], [-1, 0], [1, 0]])
+    key = torch.stack([keys, -keys])[None]
+    query, value = torch.zeros(1, 4, 5, 2), torch.eye(5).expand(1, 2, 5, 5)
+    state = LayerState()
+    output, live = KeyDiffPolicy(3).attend(state, query, key, value, Scores(1.0))
+    seen = [[0], [0, 1], [0, 1, 2], [0, 1, 3], [0, 3, 4]]  # every query weighs what it sees alike
+    for head in range(4):
+        assert [row.nonzero()[:, 0].tolist() for row in output[0, head]] == seen
+    assert live[0].tolist() == [[1, 2, 3, 3, 3]] * 2
+    assert state.notes["live"][0].nonzero()[:, 1].tolist() == [3, 4, 3, 4]
+
+
+def test_the_length_of_a_key_does_not_matter_to_keydiff(qkv):
+    q, k, _ = qkv
+    stretched = k * torch.logspace(-2, 2, T)[torch.randperm(T, generator=torch.Generator().manual_seed(1)), None]
+    states = LayerState(), LayerState()
+    for state, key in zip(states, (k, stretched), strict=True):
+        KeyDiffPolicy(5).attend(state, q, key, k, Scores(0.4))
+    assert torch.equal(*(state.notes["live"] for state in states))
+
+
 def test_streaming_llm_keeps_sinks_and_the_last_tokens(qkv):
     q, k, v = qkv
     i, j = torch.arange(T)[:, None], torch.arange(T)[None]
@@ -80,7 +121,7 @@ def test_streaming_llm_keeps_sinks_and_the_last_tokens(qkv):
     torch.testing.assert_close(attend(StreamingLLMPolicy(7, num_sinks=2), q, k, v)[0], expected)
 
 
-@pytest.mark.parametrize("rule", [TovaPolicy, H2OPolicy, RandomPolicy, lambda b: StreamingLLMPolicy(b, 2)])
+@pytest.mark.parametrize("rule", [TovaPolicy, H2OPolicy, KeyDiffPolicy, RandomPolicy, lambda b: StreamingLLMPolicy(b, 2)])
 @pytest.mark.parametrize("pieces", [(T,), (4, 1, 7, 3), (1,) * T])
 def test_no_rule_exceeds_its_budget_and_pieces_do_not_matter(qkv, rule, pieces):
     output, live = attend(rule(6), *qkv, pieces)
@@ -100,7 +141,7 @@ def test_left_padding_changes_nothing(qkv):
     pad = torch.randn(1, K, 3, D)
     padded = [torch.cat([torch.randn(1, H, 3, D), q], 2), torch.cat([pad, k], 2), torch.cat([pad, v], 2)]
     document = torch.tensor([[-1] * 3 + [0] * T])
-    for rule in (TovaPolicy(5), H2OPolicy(6), StreamingLLMPolicy(7, 2), FullPolicy()):
+    for rule in (TovaPolicy(5), H2OPolicy(6), KeyDiffPolicy(6), StreamingLLMPolicy(7, 2), FullPolicy()):
         out, live = rule.attend(LayerState(document), *padded, Scores(0.4))
         plain, count = attend(rule, q, k, v)
         torch.testing.assert_close(out[:, :, 3:], plain)
@@ -110,6 +151,8 @@ def test_left_padding_changes_nothing(qkv):
 def test_budgets_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="at least 2"):
         TovaPolicy(1)
+    with pytest.raises(ValueError, match="keydiff needs a budget of at least 3"):
+        KeyDiffPolicy(2)
     with pytest.raises(ValueError, match="above its 4 sinks"):
         StreamingLLMPolicy(4)
 

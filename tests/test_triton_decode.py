@@ -18,7 +18,7 @@ from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import Scores
 from dms_lab.cache.slots import SlotTable
-from dms_lab.policies import FullPolicy, QuestPolicy, TovaPolicy
+from dms_lab.policies import FullPolicy, KeyDiffPolicy, QuestPolicy, TovaPolicy
 from dms_lab.policies.dms import DmsConfig
 
 pytest.importorskip("triton", reason="the package triton is not installed: pip install dms_lab[gpu]")
@@ -234,6 +234,7 @@ def test_a_pool_without_the_pages_is_left_to_what_grows_it_or_says_so():
         ("gemma2", "int8", None),  # bounded scores and a sliding window
         ("qwen3", "model", lambda: QuestPolicy(8, block=4, dense_layers=1)),
         ("qwen3", "model", lambda: TovaPolicy(9)),
+        ("qwen3", "int8", lambda: KeyDiffPolicy(9)),
     ],
 )
 def test_a_model_generates_the_tokens_that_torch_gives_it(family, storage, make, monkeypatch):

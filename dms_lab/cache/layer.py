@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from dms_lab.attention.blocks import read_blocks
 from dms_lab.attention.paged import Chunk, Slots, attend_chunk, decode
-from dms_lab.cache.policy import RankedRule, Ranking, ReadingRule, Scores, WindowedRule, choose_victim
+from dms_lab.cache.policy import RankedRule, Ranking, ReadingRule, Scores, WindowedRule, choose_victim, keys_to_rank
 from dms_lab.cache.slots import SlotTable
 
 if TYPE_CHECKING:
@@ -253,24 +253,25 @@ class CompactLayer(CacheLayerMixin):
             held = read_blocks(query, held, policy.budget // policy.block)
         if isinstance(policy, ReadingRule):
             self.note_reads(held.length)
-        output, weights = decode(query, held, scores, want_weights=ranked)
+        output, weights = decode(query, held, scores, want_weights=ranked and policy.needs_weights)
         if ranked:
             self._rank(weights, now, real, scores.sliding_window)
         return output if real is None else output.masked_fill(~real[:, None, None, None], 0.0)
 
-    def _rank(self, weights: Tensor, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
+    def _rank(self, weights: Tensor | None, now: Tensor, real: Tensor | None, sliding_window: int | None) -> None:
         """Chooses the slot of the next token: the lowest in rank, once the budget is reached."""
         slots, pool, policy = self.slots, self.cache.pool, self.cache.policy
         address, position, in_use = slots.past()
         if not in_use.shape[2]:  # padding before any token
             return
         is_token = torch.ones_like(now, dtype=torch.bool) if real is None else real
-        total = weights.view(*in_use.shape[:2], -1, in_use.shape[2]).sum(2)
+        total = None if weights is None else weights.view(*in_use.shape[:2], -1, in_use.shape[2]).sum(2)
         if pool.weight is not None:
             held = in_use & is_token[:, None, None]
             pool.weight.view(-1)[address[held]] += total[held]
             total = pool.weight.view(-1)[address]
-        ranking = Ranking(weights, total, position, now, self.index)
+        key = keys_to_rank(pool.key.read(address), in_use) if policy.needs_keys else None
+        ranking = Ranking(weights, total, position, now, self.index, key)
         victim, has_to = choose_victim(policy, ranking, in_use, sliding_window)
         victim = torch.where(has_to, victim, -1)
         slots.put("victim", torch.where(is_token[:, None], victim, slots.get("victim")))

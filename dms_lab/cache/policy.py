@@ -52,15 +52,17 @@ class Ranking:
     """What a ranked rule may look at after a query, over S columns or slots in any order.
 
     `weights` [B, H, S] of the newest query; `total` [B, K, S] summed over the heads of a group and, for a rule that
-    `needs_total`, over all queries so far;
-    `position` [B, K, S] in tokens; `now` [B] is the newest token's.
+    `needs_total`, over all queries so far; both may be None for a rule without `needs_weights`;
+    `position` [B, K, S] in tokens; `now` [B] is the newest token's;
+    `key` [B, K, S, D] as they are attended to, float32 at least, 0 where nothing is live; for a rule that `needs_keys`.
     """
 
-    weights: Tensor
-    total: Tensor
+    weights: Tensor | None
+    total: Tensor | None
     position: Tensor
     now: Tensor
     layer: int
+    key: Tensor | None = None
 
 
 class WindowedRule(ABC):
@@ -89,7 +91,9 @@ class RankedRule(ABC):
 
     name: str
     budget: int
-    needs_total: bool = False  # whether the rule looks at the summed attention
+    needs_weights: bool = True  # whether the rule looks at attention: the newest query's, or summed up
+    needs_total: bool = False  # whether it looks at what is summed up over all queries
+    needs_keys: bool = False  # whether it looks at keys
 
     @abstractmethod
     def rank(self, seen: Ranking) -> Tensor:
@@ -113,6 +117,12 @@ class OffloadingRule(WindowedRule):
 
 
 Policy = WindowedRule | RankedRule
+
+
+def keys_to_rank(key: Tensor, live: Tensor) -> Tensor:
+    """What `Ranking.key` holds, from the keys [B, K, S, D] of all columns or slots and which of them are live."""
+    key = key.float() if key.dtype in (torch.bfloat16, torch.float16) else key
+    return key.masked_fill(~live[..., None], 0.0)
 
 
 def choose_victim(rule: RankedRule, seen: Ranking, live: Tensor, sliding_window: int | None) -> tuple[Tensor, Tensor]:

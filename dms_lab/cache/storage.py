@@ -70,7 +70,7 @@ class SlotStore:
             self.scale[target] = self.scale[source]
 
     def read(self, address: Tensor) -> Tensor:
-        """What stands at `address` [N], [N, D] in the model's dtype."""
+        """What stands at `address` [...], [..., D] in the model's dtype."""
         found = _bits(self.data).view(-1, self.width)[address].view(self.data.dtype)
         if self.scale is None:
             return found

@@ -74,6 +74,7 @@ STYLE = {
     "streaming_llm": _look("#e69f00", "^", "triangle-up", "StreamingLLM", 1),
     "tova": _look("#009e73", "P", "cross", "TOVA", 2),
     "h2o": _look("#cc79a7", "X", "x", "H2O", 3),
+    "keydiff": _look("#9467bd", (3, 1, 180), "star-triangle-down", "KeyDiff", 5),
     "random": _look("#999999", "*", "star", "random", 2),
     "quest": _look("#8c564b", "p", "pentagon", "Quest", 4),
     "offload": _look("#444444", "h", "hexagon", "offload", 5),

@@ -10,7 +10,7 @@ from torch import Tensor
 from dms_lab import eviction
 from dms_lab.attention import reference
 from dms_lab.attention.soft import soft_attention
-from dms_lab.cache.policy import LayerState, RankedRule, Ranking, Scores, WindowedRule, choose_victim
+from dms_lab.cache.policy import LayerState, RankedRule, Ranking, Scores, WindowedRule, choose_victim, keys_to_rank
 
 
 class WindowedPolicy(WindowedRule):
@@ -124,12 +124,16 @@ class RankedPolicy(RankedRule):
     """A ranking of the live keys after each query, of which the lowest goes while `budget` are live.
 
     The rule is sequential, so a prompt is walked through query by query inside each layer: dense until the budget is
-    reached, never above it afterwards. `budget` is in tokens per KV head, at least 2.
+    reached, never above it afterwards. `budget` is in tokens per KV head, at least `least_budget`.
     """
 
+    least_budget = 2
+
     def __init__(self, budget: int) -> None:
-        if budget < 2:
-            raise ValueError(f"{self.name} needs a budget of at least 2 live tokens per head, got budget={budget}")
+        if budget < self.least_budget:
+            raise ValueError(
+                f"{self.name} needs a budget of at least {self.least_budget} live tokens per head, got budget={budget}"
+            )
         self.budget = budget
 
     def attend(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
@@ -155,8 +159,10 @@ class RankedPolicy(RankedRule):
             weights = weights[:, :, 0].float()
             total[:, :, : now + 1] += weights.view(batch, num_kv_heads, -1, now + 1).sum(2) * is_token
             places = position[:, None, : now + 1].expand(-1, num_kv_heads, -1)
-            ranking = Ranking(weights, total[:, :, : now + 1], places, position[:, now], state.layer)
-            victim, has_to = choose_victim(self, ranking, live[:, :, : now + 1], scores.sliding_window)
+            held = live[:, :, : now + 1]
+            keys = keys_to_rank(key[:, :, : now + 1], held) if self.needs_keys else None
+            ranking = Ranking(weights, total[:, :, : now + 1], places, position[:, now], state.layer, keys)
+            victim, has_to = choose_victim(self, ranking, held, scores.sliding_window)
             victim = victim[:, :, None]
             live.scatter_(2, victim, live.gather(2, victim) & ~(has_to[:, :, None] & is_token))
         state.notes |= {"live": live, "total": total}
