@@ -14,6 +14,7 @@ class RandomPolicy(RankedPolicy):
     """
 
     name = "random"
+    needs_weights = False
 
     def __init__(self, budget: int, seed: int = 0) -> None:
         super().__init__(budget)
