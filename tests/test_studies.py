@@ -1,15 +1,18 @@
 """The studies under experiments/ are sweeps that can be run as they stand."""
 
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from dms_lab import results
 from dms_lab.plots import save_figure
 from dms_lab.sweep_config import load_sweep
 from dms_lab.sweeping.points import expand
 from experiments.data_efficiency import figure as data_efficiency
 from experiments.extrapolation import lengths, positions
+from experiments.rivals import untrained
 
 ROOT = Path(__file__).parent.parent
 SWEEPS = sorted((ROOT / "experiments").glob("*/*.yaml"))
@@ -71,3 +74,31 @@ def test_the_settings_of_data_efficiency_are_compared_at_equal_steps(drawn_in):
     assert {"as the recipe", "kl_direction=reverse", "trained=adapter", "predictor=neuron"} < settings
     steps = {steps for steps in map(data_efficiency.steps_of, variants) if steps}
     assert {data_efficiency.STEPS, data_efficiency.RECIPE} < steps
+
+
+# -- a rule that came after a sweep was collected ----------------------------------------------------------------------
+def test_a_later_rule_gets_the_budgets_of_the_others_and_replaces_its_own_rows_alone(tmp_path, monkeypatch):
+    for name in ("sweep.yaml", "results.csv"):
+        shutil.copy(untrained.FOLDER / name, tmp_path / name)
+    before = results.load(tmp_path / "results.csv")
+
+    def as_tova(run, job):
+        """What TOVA got of that run at that ratio and budget, as the rows of the rule."""
+        mine = before[(before["method"] == "tova") & (before["run_id"] == run) & (before["target_cr"] == job.target_cr)]
+        found = [results.Result(**row | {"method": job.method}) for row in mine.to_dict("records")]
+        return [row for row in found if row.settings["live_tokens"] == job.budget], 0.0
+
+    monkeypatch.setattr(untrained, "FOLDER", tmp_path)
+    monkeypatch.setattr(untrained, "subject_of", lambda config, folder, checkpoints: folder.name)
+    monkeypatch.setattr(untrained, "measure", as_tova)
+    monkeypatch.setattr(sys, "argv", ["untrained.py", "keydiff"])
+    untrained.main()
+    after = results.load(tmp_path / "results.csv")
+    rows = {name: after[after["method"] == name].drop(columns="method").to_dict("records") for name in ("tova", "keydiff")}
+    assert len(rows["tova"]) == 24  # three seeds, two ratios, three families and the text
+    assert str(rows["keydiff"]) == str(rows["tova"])
+    others = [frame[frame["method"] != "keydiff"].to_dict("records") for frame in (before, after)]
+    assert str(others[0]) == str(others[1])
+    monkeypatch.setattr(sys, "argv", ["untrained.py", "snapkv"])
+    with pytest.raises(SystemExit, match="'snapkv' is no untrained rule; choose one of streaming_llm, tova"):
+        untrained.main()
