@@ -10,8 +10,8 @@ from dms_lab.policies.base import RankedPolicy
 class KeyDiffPolicy(RankedPolicy):
     """Drops, per KV head, the live token whose key is closest in direction to the mean direction of all live keys.
 
-    Published for blocks of 128 tokens, of which the surplus goes at once; here it goes token by token. Of two keys both
-    are equally close to their mean, so the budget is at least 3.
+    Published for blocks of a prompt, after each of which the surplus goes at once; here it goes token by token. Of two
+    keys both are equally close to their mean, so the budget is at least 3.
     """
 
     name = "keydiff"
