@@ -3,7 +3,8 @@
     <folder>/<name>/results.json, and the one beside the benchmark -> ratios to the dense contestant within each run
       -> a table of what changed; exit status 1 where a ratio grew beyond the tolerance, or a case is no more
 
-Seconds of two runs are never compared: the machines, or their neighbours, differ. Ratios to floors or dense paths do less.
+Seconds of two runs are never compared: the machines, or their neighbours, differ. A ratio of times is held against one of
+the same hardware, threads and dtype, which it depends on; one of bytes against one of the same dtype.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import NamedTuple
 from experiments.benchmarks import harness
 
 HERE = Path(__file__).parent
+SETTINGS = ("hardware", "threads", "dtype")
 
 
 class Change(NamedTuple):
@@ -25,16 +27,22 @@ class Change(NamedTuple):
     name: str
     before: float | None
     now: float | None
+    is_race: bool = True
+    is_alike: bool = True
 
     def verdict(self, tolerance: float) -> str:
-        """What is to be said of it: "" if nothing is."""
+        """What is to be said of it: "" if nothing is. Only a race under the same settings can become worse or better."""
         if self.now is None:
             return "gone"
         if self.before is None:
             return "new"
-        if self.now > tolerance * self.before:
-            return "worse"
-        return "better" if self.before > tolerance * self.now else ""
+        if self.before / tolerance <= self.now <= tolerance * self.before:
+            return ""
+        if not self.is_alike:
+            return "not comparable"
+        if not self.is_race:
+            return "differs"
+        return "worse" if self.now > self.before else "better"
 
 
 def changes(committed: Path, new: Path) -> Iterator[Change]:
@@ -42,20 +50,24 @@ def changes(committed: Path, new: Path) -> Iterator[Change]:
     for path in sorted(new.glob(f"*/{harness.RESULTS}")):
         name = path.parent.name
         old = committed / name / harness.RESULTS
-        before = harness.ratios(harness.read(old)[1]) if old.is_file() else {}
-        now = harness.ratios(harness.read(path)[1])
+        about, rows = harness.read(path)
+        about_old, rows_old = harness.read(old) if old.is_file() else (about, [])
+        before, now = harness.ratios(rows_old), harness.ratios(rows)
+        known = {(row.case, row.name): row for row in [*rows_old, *rows]}
         for place in dict.fromkeys([*before, *now]):
-            yield Change(name, *place, before.get(place), now.get(place))
+            decided_by = ("dtype",) if known[place].unit == "byte" else SETTINGS
+            is_alike = all(about.get(key) == about_old.get(key) for key in decided_by)
+            yield Change(name, *place, before.get(place), now.get(place), known[place].is_race, is_alike)
 
 
 def differences(committed: Path, new: Path) -> Iterator[str]:
-    """What else is not alike in the two runs, so that ratios may differ for it."""
+    """What else is not alike in the two runs: settings, without which times are not comparable, and versions."""
     for path in sorted(new.glob(f"*/{harness.RESULTS}")):
         old = committed / path.parent.name / harness.RESULTS
         if not old.is_file():
             continue
         before, now = (harness.read(p)[0] for p in (old, path))
-        for key in ("hardware", "threads", "dtype"):
+        for key in SETTINGS:
             if before.get(key) != now.get(key):
                 yield f"{path.parent.name}: {key} was {before.get(key)!r} and is {now.get(key)!r}"
         for package, version in before["versions"].items():
@@ -86,6 +98,11 @@ def main(words: list[str] | None = None) -> int:
         print(line)
     bad = sum(verdict in ("worse", "gone") for verdict in verdicts)
     print(f"{len(found)} ratios, {bad} of them worse by more than a factor of {args.tolerance:g}, or gone")
+    if others := verdicts.count("not comparable"):
+        print(
+            f"{others} more are not comparable: run an older revision on this machine (experiments.benchmarks.run --folder "
+            "<folder>), and give its folder as --committed"
+        )
     return int(bad > 0)
 
 

@@ -29,13 +29,17 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Row:
-    """What a contestant was measured at in each turn of a case, in seconds or bytes; `dense` is whom it is held against."""
+    """What a contestant was measured at in each turn of a case, in seconds or bytes; `dense` is whom it is held against.
+
+    `is_race`: a larger ratio to `dense` is a worse one. Not so of a share of a whole, and of an interpreter's time.
+    """
 
     case: str
     name: str
     values: Sequence[float]
     dense: str
     unit: str = "s"
+    is_race: bool = True
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -54,7 +58,10 @@ def take_turns(
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, to the end of what it has started on the device."""
+    """Seconds of one call, to the end of what it has started on the device.
+
+    On a CPU with one thread, of the processor: what others do meanwhile on the same core is not counted.
+    """
     if device.type == "cuda":
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         marks[0].record()
@@ -62,9 +69,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
         marks[1].record()
         torch.cuda.synchronize(device)
         return marks[0].elapsed_time(marks[1]) / 1e3
-    started = time.perf_counter()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     run()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 # -- ratios ------------------------------------------------------------------------------------------------------------

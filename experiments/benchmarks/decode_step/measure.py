@@ -229,7 +229,7 @@ def measure(name: str, num_tokens: int, batch: int, args: argparse.Namespace) ->
     notes = {"tokens": batch * args.steps, "layers": shape.num_layers}
     # What the interpreter takes is held against what it takes: beside it, the dense cache takes no time at all.
     against = {who: "dense" if CUDA or who == "dense" else f"eager, CR {args.ratios[0]:g}" for who in taken}
-    return [harness.Row(case, who, values, against[who], notes=notes) for who, values in taken.items()]
+    return [harness.Row(case, who, values, against[who], is_race=CUDA, notes=notes) for who, values in taken.items()]
 
 
 def table(rows: list[harness.Row]) -> str:

@@ -1,8 +1,8 @@
 """Kernels against their floors on this machine: python -m experiments.benchmarks.floors.measure [--short] [--device cuda]
 
 a large matrix product, a large copy -> ceilings
-one layer's kernels of a model's shape, random weights -> seconds / floor
-whole training and decoding steps -> floors alone
+one layer's kernels of a model's shape, random weights, in turns with both -> seconds / floor by the ceilings of the turn
+whole training and decoding steps -> floors alone, by the highest ceilings of all turns
 """
 
 import argparse
@@ -27,19 +27,21 @@ WINDOW = 256
 Kernel = tuple[str, counts.Work, Callable[[], object]]
 
 
-def measured_ceilings(device: torch.device, dtype: torch.dtype, short: bool, rounds: int) -> counts.Ceilings:
-    """Of a square matrix product and of a copy, each too large for any cache of the device (smaller if `short`)."""
+class Yardsticks:
+    """A square matrix product and a copy, each too large for any cache of the device (smaller if `short`)."""
 
-    def best(run: Callable[[], object]) -> float:
-        return min(harness.take_turns({"": run}, rounds, device)[""])
+    def __init__(self, device: torch.device, dtype: torch.dtype, short: bool) -> None:
+        size = (512 if short else 2048) if device.type == "cpu" else 8192
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        num_bytes = (2**26 if short else 2**28) if device.type == "cpu" else 2**31
+        source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        self.work = counts.Work(2 * size**3, 2 * num_bytes)
+        self.calls = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
 
-    size = (512 if short else 2048) if device.type == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    product = best(lambda: a @ b)
-    source = torch.zeros((2**26 if short else 2**28) if device.type == "cpu" else 2**31, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = best(lambda: target.copy_(source))
-    return counts.Ceilings(2 * size**3 / product, 2 * source.numel() / copied)
+    def ceilings(self, product: float, copied: float) -> counts.Ceilings:
+        """What the device reached where the two took so many seconds."""
+        return counts.Ceilings(self.work.flops / product, self.work.bytes / copied)
 
 
 def kernels(shape: counts.Shape, device: torch.device, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[Kernel]:
@@ -146,27 +148,29 @@ def steps(shape: counts.Shape, itemsize: int) -> Iterator[tuple[str, int, counts
             yield f"decoding, {context:,} tokens x {batch}, CR {cr}", batch, work
 
 
-def measure(args: argparse.Namespace, ceilings: counts.Ceilings) -> list[harness.Row]:
-    """Every kernel's seconds, held against the larger of its two floors."""
-    rows = []
+def measure(args: argparse.Namespace) -> tuple[list[harness.Row], counts.Ceilings]:
+    """Every kernel's seconds, held against the larger of its two floors in each turn; the highest ceilings of all turns."""
+    dtype, rows, reached = getattr(torch, args.dtype), [], []
+    yardsticks = Yardsticks(args.device, dtype, args.short)
     for name in args.shapes:
-        for kernel, work, run in kernels(counts.SHAPES[name], args.device, getattr(torch, args.dtype), args):
-            taken = harness.take_turns({"": run}, args.rounds, args.device)[""]
+        for kernel, work, run in kernels(counts.SHAPES[name], args.device, dtype, args):
+            taken = harness.take_turns(yardsticks.calls | {"kernel": run}, args.rounds, args.device)
+            turns = [yardsticks.ceilings(*pair) for pair in zip(taken["product"], taken["copy"], strict=True)]
             case = f"{name}: {kernel}"
-            rows.append(harness.Row(case, "measured", taken, "floor", notes=asdict(work)))
-            rows.append(harness.Row(case, "floor", [max(work.floors(ceilings))] * len(taken), "floor"))
-    return rows
+            rows.append(harness.Row(case, "measured", taken["kernel"], "floor", notes=asdict(work)))
+            rows.append(harness.Row(case, "floor", [max(work.floors(ceilings)) for ceilings in turns], "floor"))
+            reached += turns
+    return rows, counts.Ceilings(max(c.flops for c in reached), max(c.bandwidth for c in reached))
 
 
 def print_kernels(rows: Sequence[harness.Row], ceilings: counts.Ceilings) -> None:
     """What was measured beside its floors, as Markdown."""
-    print(f"{ceilings.flops / 1e9:,.0f} G operations/s, {ceilings.bandwidth / 1e9:,.1f} GB/s\n")
+    print(f"{ceilings.flops / 1e9:,.0f} G operations/s, {ceilings.bandwidth / 1e9:,.1f} GB/s at most\n")
     ratios, cells = harness.ratios(rows), []
-    for row in rows:
-        if row.name == "measured":
-            work, taken = counts.Work(**row.notes), statistics.median(row.values)
-            sizes = f"{work.flops / 1e9:,.2f}", f"{work.bytes / 1e6:,.1f}", f"{max(work.floors(ceilings)) * 1e3:,.2f}"
-            cells.append((row.case, *sizes, f"{taken * 1e3:,.2f}", f"{ratios[row.case, row.name]:.2f}"))
+    for row, floor in zip(rows[::2], rows[1::2], strict=True):
+        work, *middles = counts.Work(**row.notes), *(f"{1e3 * statistics.median(x.values):,.2f}" for x in (floor, row))
+        sizes = f"{work.flops / 1e9:,.2f}", f"{work.bytes / 1e6:,.1f}"
+        cells.append((row.case, *sizes, *middles, f"{ratios[row.case, row.name]:.2f}"))
     print(harness.table(("kernel", "G operations", "MB", "floor ms", "measured ms", "measured / floor"), cells))
 
 
@@ -201,8 +205,7 @@ def main() -> None:
         return
     if args.short:
         args.tokens, args.rows, args.live, args.batch, args.rounds = 256, 16, 2048, [2], 5
-    ceilings = measured_ceilings(args.device, getattr(torch, args.dtype), args.short, args.rounds)
-    rows = measure(args, ceilings)
+    rows, ceilings = measure(args)
     print_kernels(rows, ceilings)
     print_steps(ceilings, getattr(torch, args.dtype).itemsize)
     harness.write(harness.out(args), rows, args.device, dtype=args.dtype, ceilings=asdict(ceilings))

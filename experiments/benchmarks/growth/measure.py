@@ -149,16 +149,16 @@ TIMED = {"step": step, "notes": notes, "piece": piece, "train": train}
 QUANTITIES = (*TIMED, "bytes", "peak")
 
 
-def values(quantity: str, place: Place, rounds: int) -> tuple[list[float], str]:
-    """What a quantity is at a place, turn by turn, and its unit."""
+def values(quantity: str, places: Sequence[Place], rounds: int) -> tuple[list[list[float]], str]:
+    """What a quantity is at each place, turn by turn, and its unit; what is timed takes turns."""
     if quantity == "bytes":
-        return [float(filled(place).allocated_bytes)], "byte"
+        return [[float(filled(place).allocated_bytes)] for place in places], "byte"
     if quantity == "peak":
-        return [float(peak_bytes(train(place)))], "byte"
-    run = TIMED[quantity](place)
+        return [[float(peak_bytes(train(place)))] for place in places], "byte"
     repeats = 10 if quantity in ("step", "notes") else 1
-    taken = harness.take_turns({"": functools.partial(_repeat, run, repeats)}, rounds, CPU)[""]
-    return [seconds / repeats for seconds in taken], "s"
+    calls = {str(place): functools.partial(_repeat, TIMED[quantity](place), repeats) for place in places}
+    taken = harness.take_turns(calls, rounds, CPU)
+    return [[seconds / repeats for seconds in found] for found in taken.values()], "s"
 
 
 @torch.no_grad()
@@ -204,12 +204,9 @@ def quadratic_share(sizes: Sequence[float], found: Sequence[float]) -> float:
 def measure(series: Series, rounds: int) -> list[harness.Row]:
     """The values along a series; ratios are to its first place."""
     names = [f"{getattr(place, series.axis):,}" for place in series.places]
-    rows = []
-    for name, place in zip(names, series.places, strict=True):
-        found, unit = values(series.quantity, place, rounds)
-        rows.append(harness.Row(series.name, name, found, names[0], unit))
-        gc.collect()
-    return rows
+    found, unit = values(series.quantity, series.places, rounds)
+    gc.collect()
+    return [harness.Row(series.name, name, of, names[0], unit) for name, of in zip(names, found, strict=True)]
 
 
 def cells(series: Series, rows: Sequence[harness.Row]) -> list[str]:
