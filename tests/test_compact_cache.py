@@ -603,9 +603,10 @@ def on_meta(x):
 @pytest.mark.parametrize("rows", [None, [2, 0]], ids=["all places", "some places"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("storage", ["model", "fp8", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["dms", "full", "streaming_llm"])
-def test_a_decode_step_looks_at_no_number_of_the_device(kind, storage, masked, rows):
-    model = build("llama")
+def test_a_decode_step_looks_at_no_number_of_the_device(kind, family, storage, masked, rows):
+    model = build(family)
     handle = retrofit(model, DmsConfig(window=4) if kind == "dms" else None)
     policy = handle.policy() if kind == "dms" else POLICIES[kind]()
     cache = CompactCache(policy, storage, page_size=4, num_pages=200, num_places=None if rows is None else 3)

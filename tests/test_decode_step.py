@@ -74,6 +74,22 @@ def test_chains_and_what_they_cost_are_those_of_eager_steps(make, sampling, stor
     assert (engine._ahead.step.num_captures > 0) == (DEVICE.type == "cuda")
 
 
+SLIDING = {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "storage", "sliding"),
+    [(None, "model", 6), (None, "int8", 5), (None, "model", 3), (FullPolicy, "fp8", 6), (FullPolicy, "model", 1)],
+)
+def test_layers_with_a_sliding_window_take_the_same_steps(make, storage, sliding):
+    handle = small("gemma3_text", sliding_window=sliding, **SLIDING)
+    changes = {"storage": storage, "max_new_tokens": 10}
+    wanted, _ = answered(handle, make, SAMPLED, **changes)
+    found, engine = answered(handle, make, SAMPLED, attention="triton", step="graph", **changes)
+    assert_same(found, wanted)
+    assert engine._ahead is not None
+
+
 def test_a_chain_that_ends_leaves_no_trace_of_the_step_that_it_was_ahead(monkeypatch):
     handle = small()
     wanted, _ = answered(handle)
@@ -125,9 +141,10 @@ def go(step, position, places=(0, 1), ids=(7, 8)):
     return step.launch(given).read()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "llama", "gemma3_text"])
 def test_a_step_waits_for_nothing(family, monkeypatch):
-    step = filled(small(family, num_hidden_layers=2), sampling=SAMPLED)
+    layers = SLIDING if family == "gemma3_text" else {"num_hidden_layers": 2}
+    step = filled(small(family, **layers), sampling=SAMPLED)
     run, step.capture = step._run, None
 
     def guarded():
@@ -280,10 +297,7 @@ def test_what_cannot_be_fixed_is_refused_before_anything_is_read(make, settings,
         answered(handle, make, sampling, **({"attention": "triton", "step": "graph"} | settings))
 
 
-def test_layers_with_a_sliding_window_and_frequencies_that_follow_positions_are_refused():
-    gemma = small("gemma3_text", num_hidden_layers=2, layer_types=["full_attention", "sliding_attention"])
-    with pytest.raises(ValueError, match=r"layer 1 .* has a window of 6; use step=eager"):
-        answered(gemma, attention="triton", step="graph")
+def test_frequencies_that_follow_positions_are_refused():
     dynamic = small("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="takes no rope_type=dynamic"):
         answered(dynamic, attention="triton", step="graph")

@@ -90,13 +90,12 @@ class SlotMachine(RuleBasedStateMachine):
         return self.rows[layer] if chosen is None else [self.rows[layer][i] for i in chosen]
 
     # -- rules -------------------------------------------------------------------------------------------------------
-    @precondition(lambda self: self.rule_["sliding"] is None)
     @rule(layer=st.integers(0, 1), data=st.data())
     def append_one(self, layer, data):
         table, rows = self.tables[layer], self.restrict(layer, data.draw)
         real = data.draw(st.one_of(st.none(), st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
         flags = [data.draw(BOOLS) for _ in rows]
-        has_flags = self.rule_["window"] is not None
+        has_flags = table.window is not None
         content = self.fresh(len(rows))
         position = table.get("seen").clone()
         try:
@@ -129,7 +128,7 @@ class SlotMachine(RuleBasedStateMachine):
         )
         content = [self.fresh(columns) for _ in rows]
         key = torch.tensor(content).double().transpose(1, 2)[..., None]
-        evict = torch.tensor(flags).transpose(1, 2) if self.rule_["window"] is not None else None
+        evict = torch.tensor(flags).transpose(1, 2) if table.window is not None else None
         try:
             table.append_chunk(key, -key, evict, torch.tensor(counts))
         except PoolExhausted:
@@ -278,6 +277,45 @@ class SlotMachine(RuleBasedStateMachine):
 
 TestSlots = SlotMachine.TestCase
 TestSlots.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.one_of(st.none(), st.integers(1, 6)),
+    st.sampled_from(["self", "next", "delayed"]),
+    st.integers(1, 9),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 12),
+    st.integers(0, 999),
+)
+def test_in_a_sliding_window_a_token_alone_is_stored_as_a_chunk_of_one(window, decided_by, sliding, page_size, first, seed):
+    """Slot by slot, so that quantised pages hold the same numbers; up to two tokens leave, and heads grow and shrink."""
+    shift = {"self": 0, "next": 1, "delayed": window}[decided_by] if window else 0
+    g = torch.Generator().manual_seed(seed)
+    tables = [SlotTable(PagePool(1, 1, torch.float64, CPU, page_size), 2, K, window, shift, sliding) for _ in range(2)]
+    one, chunk = tables
+    for size in (first, *[1] * 24):
+        key = torch.rand(2, K, size, 1, generator=g, dtype=torch.float64)
+        flags = None if one.window is None else torch.rand(2, K, size, generator=g) < 0.5
+        real = torch.rand(2, generator=g) < 0.8
+        if size == 1:
+            position = one.seen[:, None].expand(-1, K).flatten()
+            address = one.append_one(None if flags is None else flags[:, :, 0], real)
+            one.pool.write(address.flatten(), key.flatten(0, 2), -key.flatten(0, 2), position, one_a_page=True)
+            chunk.append_chunk(key, -key, flags, real.long())
+            chunk.note_columns(real[:, None], 1)
+        elif size:
+            for table in tables:
+                table.append_chunk(key, -key, flags, torch.tensor([size, size // 2]))
+        for name in ("length", "seen", "ring_slot", "ring_flag", "freed_at", "tail"):
+            assert torch.equal(getattr(one, name), getattr(chunk, name)), name
+        (mine, position, in_use), (theirs, wanted, _) = one.past(), chunk.past()
+        assert torch.equal(position[in_use], wanted[in_use])
+        for store in ("key", "value"):
+            held, other = (getattr(t.pool, store).data.view(-1)[x[in_use]] for t, x in ((one, mine), (chunk, theirs)))
+            assert torch.equal(held, other)
+        held = [t.pool.num_pages - t.pool.count_free() for t in tables]
+        assert held[0] == held[1] == int((-(-one.length // page_size)).sum())
 
 
 # --- pages

@@ -66,7 +66,7 @@ def secure(cache: CompactCache, rows: Sequence[int], most: int) -> int:
 def inside(cache: CompactCache, num_rows: int) -> Iterator[None]:
     """Inside, a forward over one token for each of the leading `num_rows` sequences is a fixed sequence of kernels.
 
-    No tensor is replaced. Room must have been secured for those that are real; layers with a sliding window raise.
+    No tensor is replaced. Room must have been secured for those that are real.
     """
     rows = cache.rows
     cache.rows, cache.is_fixed, cache.reads_prompt = slice(num_rows), True, False

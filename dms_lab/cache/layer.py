@@ -131,14 +131,11 @@ class CompactLayer(CacheLayerMixin):
         if self.slots is None:
             self.slots = cache.new_table(self.index, batch, key, value, scores)
         self.slots.rows = cache.rows
-        if num_columns == 1 and scores.sliding_window is None:
+        if num_columns == 1:
             self.columns += not cache.is_fixed  # a step that is repeated without this code is counted where that is done
             return self._one(query, key, value, scores, logit, None if real is None else real[:, 0])
         if cache.is_fixed:
-            raise ValueError(
-                f"step=graph takes a token at a time in layers without a sliding window, but layer {self.index} was given "
-                f"{num_columns} and has a window of {scores.sliding_window}; use step=eager"
-            )
+            raise ValueError(f"step=graph takes a token at a time, but layer {self.index} was given {num_columns}")
         self.columns += num_columns
         order = None
         if real is not None:
@@ -206,8 +203,6 @@ class CompactLayer(CacheLayerMixin):
         slots.append_chunk(key, value, flags, count)
         if sums:
             self._sum_weights(weights, address[in_use], in_use, count)
-        if isinstance(policy, RankedRule) and slots.sliding is not None:
-            slots.expire()
         if isinstance(policy, ReadingRule):
             self.note_reads(slots.get("length"))
         return output
@@ -226,7 +221,8 @@ class CompactLayer(CacheLayerMixin):
 
     def _flags(self, logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
         policy = self.cache.policy
-        return policy.flags(logit, position, num_kv_heads) if isinstance(policy, WindowedRule) else None
+        counts = isinstance(policy, WindowedRule) and self.slots.window is not None
+        return policy.flags(logit, position, num_kv_heads) if counts else None
 
     def _one(self, query, key, value, scores, logit, real, note=True):
         """One new token a sequence: its slot, then attention over what is live. `real` [B] False: nothing is stored."""

@@ -121,12 +121,9 @@ class OffloadingLayer(CompactLayer):
         found, self._fetched, self._arrived = self._fetched, None, None
         return found
 
-    def _flags(self, logit: Tensor | None, position: Tensor, num_kv_heads: int) -> Tensor | None:
-        if self.slots.sliding is not None:  # such a layer needs no old tokens: it pages nothing
-            return None
-        return super()._flags(logit, position, num_kv_heads)
-
     def _one(self, query, key, value, scores, logit, real, note=True):
+        if self.slots.sliding is not None:  # such a layer needs no old tokens: it pages nothing
+            return super()._one(query, key, value, scores, logit, real, note)
         one = torch.ones(key.shape[0], dtype=torch.long, device=key.device)
         if note:
             self.slots.note_columns(None if real is None else real[:, None], 1)

@@ -195,10 +195,10 @@ class PagePool:
             self.low.scatter_reduce_(0, page, key, "amin")
             self.high.scatter_reduce_(0, page, key, "amax")
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies the slots at `source` [N] to `target` [N], no two of them the same."""
+    def move(self, source: Tensor, target: Tensor, one_a_page: bool = False) -> None:
+        """Copies the slots at `source` [N] to `target` [N], no two of them the same; `one_a_page`: nor their pages."""
         weight = None if self.weight is None else self.weight.view(-1)[source]
-        self.write(target, self.key.read(source), self.value.read(source), self.position.view(-1)[source])
+        self.write(target, self.key.read(source), self.value.read(source), self.position.view(-1)[source], one_a_page)
         if weight is not None:
             self.weight.view(-1)[target] = weight
 

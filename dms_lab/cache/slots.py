@@ -1,6 +1,7 @@
 """Who sits in which slot: one layer's table of pages, lengths and window, per sequence and KV head.
 
-    append_one    O(1): the token that leaves the window marked for eviction gives its slot to the new one, or one is added
+    append_one    O(1): the token that leaves the window marked for eviction gives its slot to the new one, or one is added;
+                  where the model has a sliding window, so does the one that leaves that: it is looked up by its position
     append_chunk  many tokens at once: what is no longer visible is left out, holes are filled from the end
 
     slots of a head     [ 0 1 2 3 | 4 5 6 7 | 8 . . . ]     slot s is in page table[s // page], place s % page
@@ -10,6 +11,8 @@ Slots stand in any order: positions are in the keys already. A row is a sequence
 tensor of their numbers, or `slice(n)` for the leading ones, which are looked at in place.
 Shapes: B sequences, K KV heads, M pages of a head at most, S slots, C new tokens, W window.
 """
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +25,20 @@ _PER_ROW = ("table", "length", "seen", "ring_slot", "ring_flag", "victim", "free
 
 
 class SlotTable:
-    """The slots of one layer. `window=None` evicts nothing by age; `shift` is how far the deciding token lies behind."""
+    """The slots of one layer. `window=None` evicts nothing by age; `shift` is how far the deciding token lies behind.
+
+    `sliding`: the model's own window, beyond which a layer sees nothing. Where it is not longer than `window`, a token is
+    gone before a decision about it counts, and the table has none.
+    """
 
     def __init__(
         self, pool: PagePool, batch: int, num_kv_heads: int, window: int | None, shift: int, sliding: int | None = None
     ) -> None:
         device, shape = pool.device, (batch, num_kv_heads)
+        if None not in (window, sliding) and sliding <= window:
+            window = None
         self.pool, self.window, self.shift, self.sliding = pool, window, shift, sliding
+        self.limit = sys.maxsize if sliding is None else sliding  # slots that a head may ever have
         self.rows: Rows = None
         self.table = torch.zeros(*shape, 1, dtype=torch.long, device=device)
         self.length = torch.zeros(shape, dtype=torch.long, device=device)
@@ -82,41 +92,93 @@ class SlotTable:
     def append_one(self, flag: Tensor | None, real: Tensor | None) -> Tensor:
         """A slot for one more token a sequence; returns addresses [B, K] in the pool, 0 where `real` [B] is False.
 
-        `flag` [B, K] is what the new token computed. Not for layers with a sliding window.
+        `flag` [B, K] is what the new token computed.
         """
         length, now = self.get("length"), self.get("seen")[:, None]
-        slot, reuse = length, torch.zeros_like(length, dtype=torch.bool)
-        if flag is not None:
-            place = (now % self.window)[:, :, None].expand(-1, length.shape[1], -1)
-            ring_slot, ring_flag = self.get("ring_slot"), self.get("ring_flag")
-            decider = flag if self.shift % self.window == 0 and self.shift else None
-            if decider is None:
-                decider = ring_flag.gather(2, (place + self.shift) % self.window)[:, :, 0]
-            reuse = decider & (now >= self.window)
-            slot = torch.where(reuse, ring_slot.gather(2, place)[:, :, 0].long(), length)
-        else:
-            victim = self.get("victim")
-            reuse = victim >= 0
-            slot = torch.where(reuse, victim, length)
+        freed, further = self.freed(flag)
+        reuse = freed >= 0
+        slot = torch.where(reuse, freed, length)
         if real is not None:
             reuse = reuse & real[:, None]
         grown = ~reuse if real is None else ~reuse & real[:, None]
         self._add_pages(length, grown)
+        if further is not None:
+            self.fill(further, real)
         address = self.address(slot[:, :, None])[:, :, 0]
         if real is not None:
             address = torch.where(real[:, None], address, 0)
         if flag is not None:
+            place = self._place(now)
+            ring_slot, ring_flag = self.get("ring_slot"), self.get("ring_flag")
             fresh = torch.ones_like(reuse) if real is None else real[:, None].expand(reuse.shape)
             slot = torch.where(fresh, slot, ring_slot.gather(2, place)[:, :, 0].long())
             flag = torch.where(fresh, flag, ring_flag.gather(2, place)[:, :, 0])
             self.put("ring_slot", ring_slot.scatter_(2, place, slot[:, :, None].int()))
             self.put("ring_flag", ring_flag.scatter_(2, place, flag[:, :, None]))
         self.put("freed_at", torch.where(reuse, now, self.get("freed_at")))
-        self.put("length", length + grown)
+        self.put("length", self.get("length") + grown)
         step = torch.ones_like(now[:, 0]) if real is None else real.long()
         self.put("tail", (self.get("tail") + 1) * step)
         self.put("seen", now[:, 0] + step)
         return address
+
+    def freed(self, flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The slots that one more token frees, [B, K], -1 for none: the one that it takes, and a further one behind that.
+
+        Only where decisions count in a layer with a sliding window, two tokens may leave at once; else the second is None.
+        `flag` [B, K] is what the new token computed. Waits for nothing.
+        """
+        chosen = self.get("victim") if flag is None else self._decided(flag)
+        if self.sliding is None:
+            return chosen, None
+        leaving = self._leaving()
+        if self.window is None:
+            return chosen.maximum(leaving), None  # a ranked rule chose that token, or none
+        low, high = chosen.minimum(leaving), chosen.maximum(leaving)
+        return torch.where(low >= 0, low, high), torch.where(low >= 0, high, -1)
+
+    def _place(self, token: Tensor) -> Tensor:
+        """The place of `token` [B, K or 1] in the ring, [B, K, 1]."""
+        return (token % self.window)[:, :, None].expand(-1, self.length.shape[1], -1)
+
+    def _decided(self, flag: Tensor) -> Tensor:
+        """The slot of the token that leaves the window marked for eviction, [B, K], -1 where none does."""
+        now = self.get("seen")[:, None]
+        place = self._place(now)
+        decider = flag
+        if self.shift % self.window or not self.shift:
+            decider = self.get("ring_flag").gather(2, (place + self.shift) % self.window)[:, :, 0]
+        return torch.where(decider & (now >= self.window), self.get("ring_slot").gather(2, place)[:, :, 0].long(), -1)
+
+    def _leaving(self) -> Tensor:
+        """The slot of the token that the next one will not see, in a sliding window, [B, K], -1 without one."""
+        position = self.pool.position[self.get("table")].flatten(2)
+        slot = torch.arange(position.shape[2], device=position.device)
+        leaves = position == (self.get("seen") - self.sliding)[:, None, None]
+        return torch.where(leaves & (slot < self.get("length")[:, :, None]), slot, -1).amax(2)
+
+    def fill(self, hole: Tensor, real: Tensor | None) -> None:
+        """Moves the last slot of each head into `hole` [B, K] (-1: none, as where `real` [B] is False), which is one less.
+
+        Waits for nothing: pages of the pool that become empty are given back.
+        """
+        table, length, page_size = self.get("table"), self.get("length"), self.pool.page_size
+        moves = hole >= 0 if real is None else (hole >= 0) & real[:, None]
+        last = (length - 1).clamp(min=0)
+        source, target = (torch.where(moves, self.address(x[:, :, None])[:, :, 0], 0) for x in (last, hole.clamp(min=0)))
+        if self.window is not None:
+            ring = self.get("ring_slot")
+            position = self.pool.position.view(-1)[source].long()
+            place = self._place(position)
+            is_known = moves & (position >= self.get("seen")[:, None] - self.window)
+            slot = torch.where(is_known, hole.int(), ring.gather(2, place)[:, :, 0])
+            self.put("ring_slot", ring.scatter_(2, place, slot[:, :, None]))
+        self.pool.move(source.flatten(), target.flatten(), one_a_page=True)
+        where, empty = (last // page_size)[:, :, None], moves & (last % page_size == 0)
+        page = table.gather(2, where)[:, :, 0]
+        self.pool.give_back(page, empty)
+        self.put("table", table.scatter_(2, where, page.masked_fill(empty, 0)[:, :, None]))
+        self.put("length", length - moves.long())
 
     def claim_one(self) -> bool:
         """Makes the table wide enough for one more token a row in use, and claims the pages that this could need.
@@ -131,9 +193,9 @@ class SlotTable:
     def _make_room(self) -> None:
         """Makes the table wide enough for one more slot of the longest head."""
         page_size = self.pool.page_size
-        self._longest += 1
+        self._longest = min(self._longest + 1, self.limit)
         if self._longest > self.table.shape[2] * page_size:  # looked at once in a page's length of steps at most
-            self._longest = int(self.length.max()) + 1
+            self._longest = min(int(self.length.max()) + 1, self.limit)
             self._widen(-(-self._longest // page_size) + 1)
 
     def _add_pages(self, length: Tensor, grown: Tensor) -> None:
@@ -264,13 +326,6 @@ class SlotTable:
             newest = known.gather(2, index[:, None].expand(*known.shape[:2], -1))
             place = ((seen[:, None] + index - self.window) % self.window)[:, None].expand(newest.shape)
             self.put("ring_flag", torch.empty_like(newest).scatter_(2, place, newest))
-
-    def expire(self) -> None:
-        """Makes the slot of the token that the next query cannot see, in a sliding window, the next token's."""
-        _, position, in_use = self.past()
-        leaves = in_use & (self.get("seen")[:, None, None] - position >= self.sliding)
-        if leaves.shape[2]:
-            self.put("victim", torch.where(leaves.any(2), leaves.int().argmax(2), -1))
 
     def note_columns(self, real: Tensor | None, num_columns: int) -> None:
         """Counts the columns of a chunk since its last padding; `real` [B, C], None: no padding."""

@@ -109,20 +109,24 @@ def append(table: SlotTable, flag: Tensor | None, real: Tensor | None, key: Tens
     """Stores a token's key, value [B, K, 1, D] as `SlotTable.append_one` and `PagePool.write` do, in one launch.
 
     The pages that this may take must have been claimed (`SlotTable.claim_one`). For rules with a decision per token, `flag`
-    [B, K], or none; where `real` [B] is False nothing is stored.
+    [B, K], or none; where `real` [B] is False nothing is stored. In a layer with a sliding window, operations of torch's
+    look up before which slots become free.
     """
     pool, num_kv_heads = table.pool, table.length.shape[1]
+    freed, further = (None, None) if table.sliding is None else table.freed(flag)
+    if further is not None:
+        table.fill(further, real)
     key, value = _rows(key), _rows(value)
     flag, real = (None if x is None else x.contiguous().view(torch.uint8) for x in (flag, real))
     append_kernel[(key.shape[0],)](
         table.rows if isinstance(table.rows, Tensor) else table.seen, table.table, table.length, table.seen, table.tail,
         table.ring_slot, table.ring_flag.view(torch.uint8), table.freed_at, *pool.stack, *map(_bytes, _stored(pool)),
-        pool.position, table.seen if flag is None else flag, table.seen if real is None else real, key, value,
+        pool.position, *(table.seen if x is None else x for x in (flag, freed, real)), key, value,
         *key.stride()[:2], *value.stride()[:2], num_kv_heads, table.table.shape[2], table.window or 0, table.shift or 0,
-        HAS_ROWS=isinstance(table.rows, Tensor), HAS_FLAG=flag is not None, HAS_REAL=real is not None,
-        IS_OWN=flag is not None and table.shift > 0 and table.shift % table.window == 0, STORAGE=pool.key.storage,
-        WIDTH=pool.key.width, VALUE_WIDTH=pool.value.width, BLOCK_K=triton.next_power_of_2(num_kv_heads),
-        BLOCK_D=_block(pool.key.width), BLOCK_V=_block(pool.value.width),
+        HAS_ROWS=isinstance(table.rows, Tensor), HAS_FLAG=flag is not None, HAS_FREED=freed is not None,
+        HAS_REAL=real is not None, IS_OWN=flag is not None and table.shift > 0 and table.shift % table.window == 0,
+        STORAGE=pool.key.storage, WIDTH=pool.key.width, VALUE_WIDTH=pool.value.width,
+        BLOCK_K=triton.next_power_of_2(num_kv_heads), BLOCK_D=_block(pool.key.width), BLOCK_V=_block(pool.value.width),
         BLOCK_P=triton.next_power_of_2(pool.page_size), PAGE=pool.page_size, **({} if INTERPRETED else {"num_warps": 1}),
     )  # fmt: skip
 

@@ -30,6 +30,7 @@ def append_kernel(
     value_scale,
     position,
     flag,
+    freed,
     real,
     key,
     value,
@@ -43,6 +44,7 @@ def append_kernel(
     shift,
     HAS_ROWS: tl.constexpr,
     HAS_FLAG: tl.constexpr,
+    HAS_FREED: tl.constexpr,
     HAS_REAL: tl.constexpr,
     IS_OWN: tl.constexpr,
     STORAGE: tl.constexpr,
@@ -56,6 +58,7 @@ def append_kernel(
 ):
     """Grid (sequences,), of one warp: it reads what it then overwrites. IS_OWN: `flag` decides on the token that leaves.
 
+    HAS_FREED: whatever leaves, `freed` [P, K] has the slot that the new token takes over, -1 for none.
     STORAGE: "model", "fp8" (stores are given as bytes) or "int8".
     """
     sequence = tl.program_id(0).to(tl.int64)
@@ -69,19 +72,23 @@ def append_kernel(
     now = tl.load(seen + row)
     held = tl.load(length + place, mask=inside, other=0)
     slot, grown = held, inside
-    if HAS_FLAG:
-        newest = tl.load(flag + sequence * num_kv_heads + heads, mask=inside, other=0)
-        ring = place * window + now % window
-        decider = newest
+    ring = place * window + now % window if HAS_FLAG else place
+    if HAS_FREED:
+        taken = tl.load(freed + sequence * num_kv_heads + heads, mask=inside, other=-1)
+    elif HAS_FLAG:
+        decider = tl.load(flag + sequence * num_kv_heads + heads, mask=inside, other=0)
         if not IS_OWN:
             decider = tl.load(ring_flag + place * window + (now % window + shift) % window, mask=inside, other=0)
         leaving = tl.load(ring_slot + ring, mask=inside, other=0).to(tl.int64)
-        reuse = (decider != 0) & (now >= window)
-        slot = tl.where(reuse, leaving, held)
-        grown = inside & (reuse == 0)
+        taken = tl.where((decider != 0) & (now >= window), leaving, -1)
+    if HAS_FREED or HAS_FLAG:
+        slot = tl.where(taken >= 0, taken, held)
+        grown = inside & (taken < 0)
+        tl.store(freed_at + place, tl.zeros([BLOCK_K], tl.int64) + now, mask=inside & (taken >= 0))
+    if HAS_FLAG:
+        newest = tl.load(flag + sequence * num_kv_heads + heads, mask=inside, other=0)
         tl.store(ring_slot + ring, slot.to(tl.int32), mask=inside)
         tl.store(ring_flag + ring, newest, mask=inside)
-        tl.store(freed_at + place, tl.zeros([BLOCK_K], tl.int64) + now, mask=inside & reuse)
     wanted = grown & (held % PAGE == 0)
     rank = tl.cumsum(wanted.to(tl.int32), 0)
     top = tl.atomic_add(num_free, -tl.sum(wanted.to(tl.int64), 0))

@@ -26,7 +26,7 @@ STORED = {"model": None, "fp8": "*fp8e4nv", "int8": "*i8"}
 KERNELS = {"part": part_kernel, "combine": combine_kernel, "append": append_kernel, "chunk": chunk_kernel}
 INTEGERS = {"past_until", "past_order", "past_last", "past_whole", "new_until", "new_kept", "new_before"}
 INTEGERS |= {"ring_slot", "position"}
-LONG_INTEGERS = {"table", "lengths", "rows", "length", "seen", "tail", "freed_at", "free", "num_free"}
+LONG_INTEGERS = {"table", "lengths", "rows", "length", "seen", "tail", "freed_at", "freed", "free", "num_free"}
 BYTES = {"ring_flag", "flag", "real"}
 STORED_NUMBERS = {"key", "value", "key_store", "value_store"}
 GROUP, PAGE, KV_HEADS = 4, 32, 8
@@ -71,6 +71,7 @@ def compile_for_hopper(name: str, width: int, dtype: torch.dtype, tile: Tile, st
     constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "BLOCK_G": 16, "BLOCK_P": PAGE if name == "append" else 16}
     constants |= {"MAX_PARTS": MAX_PARTS, "LEAST_PART": LEAST_PART}
     constants |= {"HAS_ROWS": True, "HAS_FLAG": True, "HAS_REAL": True, "IS_OWN": False, "BLOCK_K": KV_HEADS}
+    constants |= {"HAS_FREED": False}  # as in layers without a sliding window
     constants |= {"STORAGE": storage}
     constants |= {"HAS_FAR": True, "HAS_SINKS": False, "HAS_SOFTCAP": False}
     signature, attributes = {}, {}
