@@ -231,6 +231,27 @@ def test_no_tensor_moves_from_step_to_step_and_a_step_is_captured_anew_when_one_
     assert graph.captures == 3
 
 
+def test_room_and_tables_end_with_the_sliding_window():
+    step = filled(small("gemma3_text", sliding_window=6, **SLIDING), page_size=2, num_tokens=9)
+    graph, wide, sliding = Recorded(step), *(layer.slots for layer in step.cache.layers)
+    for position in range(9, 21):
+        go(step, position)
+    assert sliding.limit == 6
+    assert sliding.table.shape[2] == 3 < wide.table.shape[2]
+    assert not sliding.is_narrow(1000)
+    captures = graph.captures
+    assert step.cache.live_slots()[:, 1].max() <= 6
+    lengths = [x.length[:2] for x in (wide, sliding)]
+    free = step.cache.pool.count_free()
+    step.cache.secured = 0
+    assert fixed.secure(step.cache, [0, 1], 2) == 2
+    assert step.cache.pool._promised == sum(
+        int((-(-(x + 2).clamp(max=most) // 2) + x // -2).sum()) for x, most in zip(lengths, (10**9, 6), strict=True)
+    )
+    assert step.cache.pool.count_free() >= free
+    assert graph.captures == captures
+
+
 def test_what_is_captured_knows_places_only_by_what_it_is_given():
     step = filled(small(), num_pages=20)
     graph = Recorded(step)

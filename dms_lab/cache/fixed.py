@@ -4,7 +4,8 @@
     inside   a forward over a token for each of the leading places: fused append, paged decode; nothing waits
     noted    what the host counts of it, also where a graph runs and the forward's own code does not
 
-A step adds at most one slot to each (sequence, layer, KV head), which is the bound that room is made by.
+A step adds at most one slot to each (sequence, layer, KV head), and where the model has a sliding window, none beyond that:
+these are the bounds that room is made by.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,11 +42,12 @@ def secure(cache: CompactCache, rows: Sequence[int], most: int) -> int:
     pool, page_size = cache.pool, cache.page_size
     pool.settle()
     every = torch.stack([layer.slots.length for layer in cache.layers]).cpu()
-    length = every[:, list(rows)]
+    length, limit = every[:, list(rows)], torch.tensor([layer.slots.limit for layer in cache.layers])
     free, held = pool.count_free(), -(-length // page_size)
 
     def needed(count: int) -> int:
-        return int((-(-(length + count) // page_size) - held).sum())
+        reached = (length + count).minimum(limit[:, None, None])
+        return int((-(-reached // page_size) - held).sum())
 
     if pool.grows and needed(most) > free:
         pool.grow(max(needed(most) - free, pool.num_pages // 4))
@@ -54,7 +56,7 @@ def secure(cache: CompactCache, rows: Sequence[int], most: int) -> int:
         most -= 1
     longest = int(every.max()) + most
     pages = -(-longest // page_size)
-    is_narrow = any(pages > layer.slots.table.shape[2] for layer in cache.layers)
+    is_narrow = any(layer.slots.is_narrow(longest) for layer in cache.layers)
     for layer in cache.layers:
         layer.slots.reach(longest, pages + pages // 2 if is_narrow else 0)
     pool.promise(needed(most))

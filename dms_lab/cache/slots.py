@@ -208,9 +208,14 @@ class SlotTable:
         kept = torch.where(wanted, new, table.gather(2, where)[:, :, 0])
         self.put("table", table.scatter_(2, where, kept[:, :, None]))
 
+    def is_narrow(self, longest: int) -> bool:
+        """Whether the table has no room for a head that would have `longest` slots, if the sliding window let it."""
+        return min(longest, self.limit) > self.table.shape[2] * self.pool.page_size
+
     def reach(self, longest: int, num_pages: int) -> None:
-        """Notes that no head will have more than `longest` slots, and makes the table `num_pages` wide at least."""
-        self._longest = longest
+        """Notes that no head will have more than `longest` slots; makes the table `num_pages` wide, or as a head can be."""
+        self._longest = min(longest, self.limit)
+        num_pages = min(num_pages, -(-self.limit // self.pool.page_size))
         if num_pages > self.table.shape[2]:
             self.table = F.pad(self.table, (0, num_pages - self.table.shape[2]))
 
