@@ -153,8 +153,10 @@ def values(quantity: str, places: Sequence[Place], rounds: int) -> tuple[list[li
     """What a quantity is at each place, turn by turn, and its unit; what is timed takes turns."""
     if quantity == "bytes":
         return [[float(filled(place).allocated_bytes)] for place in places], "byte"
-    if quantity == "peak":
-        return [[float(peak_bytes(train(place)))] for place in places], "byte"
+    if quantity == "peak":  # what the allocator has kept is another tenth in every turn
+        calls = [train(place) for place in places]
+        turns = [[float(peak_bytes(call)) for call in calls] for _ in range(rounds)]
+        return [list(found) for found in zip(*turns, strict=True)], "byte"
     repeats = 10 if quantity in ("step", "notes") else 1
     calls = {str(place): functools.partial(_repeat, TIMED[quantity](place), repeats) for place in places}
     taken = harness.take_turns(calls, rounds, CPU)
