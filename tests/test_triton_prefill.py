@@ -274,7 +274,9 @@ def test_what_is_said_of_the_keys_has_their_size_and_not_that_of_a_mask():
 
 # -- compiled, measured ------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="a GPU is here: the kernels above were compiled for it")
-@pytest.mark.parametrize("kernel", ["part", "combine", "append", pytest.param("chunk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kernel", ["part", "combine", "append", "append_sliding", pytest.param("chunk", marks=pytest.mark.slow)]
+)
 def test_the_kernels_compile_for_hopper_within_its_shared_memory(kernel, tmp_path):
     """By Triton's own compiler, without a GPU: what the interpreter lets pass may not compile."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

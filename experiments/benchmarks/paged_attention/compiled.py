@@ -24,6 +24,7 @@ from dms_lab.attention.kernels.tiles import Tile, chunk_candidates, decode_candi
 WIDTHS = (64, 80, 96, 128, 256)
 STORED = {"model": None, "fp8": "*fp8e4nv", "int8": "*i8"}
 KERNELS = {"part": part_kernel, "combine": combine_kernel, "append": append_kernel, "chunk": chunk_kernel}
+KERNELS["append_sliding"] = append_kernel  # in layers with a sliding window
 INTEGERS = {"past_until", "past_order", "past_last", "past_whole", "new_until", "new_kept", "new_before"}
 INTEGERS |= {"ring_slot", "position"}
 LONG_INTEGERS = {"table", "lengths", "rows", "length", "seen", "tail", "freed_at", "freed", "free", "num_free"}
@@ -39,6 +40,7 @@ def launches(width: int, dtype: torch.dtype, choice: int) -> Iterator[tuple[str,
     yield "part", decoding
     yield "combine", decoding
     yield "append", Tile(KV_HEADS, 1, 1, 1)
+    yield "append_sliding", Tile(KV_HEADS, 1, 1, 1)
     yield "chunk", chunk_candidates(width, dtype)[choice]
 
 
@@ -68,16 +70,21 @@ def compile_for_hopper(name: str, width: int, dtype: torch.dtype, tile: Tile, st
     element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     constants = {"GROUP": GROUP, "PAGE": PAGE, "QUANTISED": storage != "model", "WIDE": dtype == torch.float32}
     constants |= {"WIDTH": width, "VALUE_WIDTH": width, "BLOCK_D": block, "BLOCK_V": block}
-    constants |= {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "BLOCK_G": 16, "BLOCK_P": PAGE if name == "append" else 16}
+    constants |= {
+        "BLOCK_M": tile.queries,
+        "BLOCK_N": tile.keys,
+        "BLOCK_G": 16,
+        "BLOCK_P": PAGE if kernel is append_kernel else 16,
+    }
     constants |= {"MAX_PARTS": MAX_PARTS, "LEAST_PART": LEAST_PART}
     constants |= {"HAS_ROWS": True, "HAS_FLAG": True, "HAS_REAL": True, "IS_OWN": False, "BLOCK_K": KV_HEADS}
-    constants |= {"HAS_FREED": False}  # as in layers without a sliding window
+    constants |= {"HAS_FREED": name == "append_sliding"}
     constants |= {"STORAGE": storage}
     constants |= {"HAS_FAR": True, "HAS_SINKS": False, "HAS_SOFTCAP": False}
     signature, attributes = {}, {}
     for place, parameter in enumerate(kernel.params):
         is_constant = parameter.is_constexpr
-        found = "constexpr" if is_constant else kind(name, parameter.name, element, STORED[storage])
+        found = "constexpr" if is_constant else kind(name.partition("_")[0], parameter.name, element, STORED[storage])
         signature[parameter.name] = found
         if found.startswith("*") or parameter.name.startswith("stride"):
             attributes[(place,)] = [["tt.divisibility", 16]]
@@ -110,7 +117,7 @@ def main() -> int:
                 too_large |= compiled.metadata.shared > SHARED_BYTES
                 code = compiled.asm["ptx"]
                 what = [storage, f"{tile.queries} x {tile.keys}, {tile.warps}, {tile.stages}"]
-                if name in ("combine", "append"):
+                if name.startswith(("combine", "append")):
                     rows = "16 parts" if name == "combine" else f"{KV_HEADS} heads"
                     what = ["" if name in WITHOUT_STORAGE else storage, f"{rows}, {tile.warps}, {tile.stages}"]
                 tensor_core = "wgmma.mma_async" if "wgmma.mma_async" in code else "mma.sync"
