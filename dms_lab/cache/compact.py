@@ -16,8 +16,9 @@ from dms_lab.attention.paged import check_backend, choose_backend
 from dms_lab.cache.layer import CompactLayer, in_any_mode
 from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import OffloadingRule, Policy, PolicyCache, RankedRule, ReadingRule, Scores, WindowedRule
-from dms_lab.cache.slots import Rows, SlotTable
+from dms_lab.cache.slots import SlotTable
 from dms_lab.cache.storage import FORMATS
+from dms_lab.cache.table import Rows
 
 _PAGE_SIZE = 32  # slots: little is left empty in a head's last page, and a page is long enough to be read at full speed
 
