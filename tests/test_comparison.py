@@ -282,6 +282,16 @@ def test_rows_that_are_there_twice_count_once():
         assert_frame_equal(compare(frame(*rows, *rows)), compare(frame(*rows)))
 
 
+def test_a_trial_with_few_problems_changes_nothing_beside_the_whole_and_can_stand_against_it():
+    ratios = (("full", 1.0), ("dms", 2.0), ("dms", 4.0))
+    rows = [row(method, cr, seed=seed, kv_reads=100 / cr, scores=(1, 1, 0, 1)) for method, cr in ratios for seed in (0, 1)]
+    trial = [row(method, cr, kv_reads=100 / cr, scores=(0, 0)) for method, cr in ratios]
+    for table in (comparison.curve_points, comparison.equal_accuracy):
+        assert_frame_equal(table(frame(*trial, *rows)), table(frame(*rows)))
+    found = comparison.equal_accuracy(frame(*rows, row("dms_dialled", 2.0, kv_reads=50.0, scores=(1, 0))))
+    assert one(found, method="dms_dialled", budget="kv_reads")["status"] == "not reached"
+
+
 def test_a_curve_is_the_union_over_ratios_or_one_for_each():
     table = frame(*two_curves())
     whole, each = comparison.margins(table), comparison.margins(table, by="target_cr")

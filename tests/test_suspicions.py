@@ -109,6 +109,13 @@ def test_rows_asked_in_different_ways_are_told_and_how_a_method_was_set_is_not()
     assert warnings([one | {"settings": set_to[one["seed"]]} for one in clean()]) == []
 
 
+def test_a_trial_with_fewer_problems_among_the_rows_is_told():
+    trial = row(seed=0, scores=(1.0,)) | {"git_revision": "abc", "versions": {"torch": "2.9"}}
+    assert trial["num_problems"] < clean()[0]["num_problems"]
+    (found,) = warnings([*clean(), trial])
+    assert "rows of road differ in num_problems (1 and 2)" in found
+
+
 def test_versions_and_revisions_that_differ_are_told():
     first = changed(clean(), lambda one: one["seed"] == 1, git_revision="def+", versions={"torch": "2.10"})
     assert warnings(first) == [

@@ -159,11 +159,11 @@ def curve_points(frame: "pd.DataFrame") -> "pd.DataFrame":
     """One row per (model, method, variant, tasks, target CR, width, max_tokens): means, intervals, who is on a frontier.
 
     A rule with a budget of live tokens has `budget_tokens`, and its target CR is the mean over tasks. `max_tokens` is None
-    for the tasks of a run's own evaluation. Rows of one seed that differ in nothing else count as one. `perplexity` is the
-    mean of the text rows, at the compression `text_cr` of these texts; NaN without. A point that has nothing else has no
-    tasks. `is_frontier_*`: no other point of its curve (of any CR) is as accurate for no more. Intervals
-    (`MeasuredPoint.interval`) are found by one rule for all points of a frame: over seeds, too, if every row with an
-    accuracy says what single problems scored. `interval_over` says over what.
+    for the tasks of a run's own evaluation. Rows of one seed that differ in nothing else count as one; of those tasks the
+    rows with the most problems stand for a seed. `perplexity` is the mean of the text rows, at the compression `text_cr`
+    of these texts; NaN without. A point that has nothing else has no tasks. `is_frontier_*`: no other point of its curve
+    (of any CR) is as accurate for no more. Intervals (`MeasuredPoint.interval`) are found by one rule for all points of a
+    frame: over seeds, too, if every row with an accuracy says what single problems scored. `interval_over` says over what.
     """
     points = measured_points(frame)
     resampled = all(point.cells("kv_reads") is not None for point in points if point.answered)
@@ -193,6 +193,7 @@ def measured_points(frame: "pd.DataFrame") -> list[MeasuredPoint]:
         raise ValueError("there are no results to compare; load some first")
     rows = frame.to_dict("records")
     answered = grouped((row for row in rows if not is_missing(row["accuracy"])), lambda row: (*_key(row), _length(row)))
+    answered = {key: _most_problems(part) for key, part in answered.items()}
     texts = grouped((row for row in rows if not is_missing(row["perplexity"])), _key)
     of_texts_alone = {(*key, None) for key in set(texts).difference(key[:-1] for key in answered)}
     return [
@@ -214,9 +215,9 @@ def on_frontier(points: list[MeasuredPoint], budget: str) -> list[MeasuredPoint]
 
 
 def problem_set(row: Row) -> Hashable:
-    """What tells the problems of a task apart: a benchmark's prompts, else the seed, which draws a run's own tasks."""
+    """What tells the problems of a task apart: a benchmark's prompts; of a run's own what draws them, seed and number."""
     prompts = row["settings"].get("prompts")
-    return ("seed", row["seed"]) if prompts is None else ("prompts", prompts)
+    return ("seed", row["seed"], row["num_problems"]) if prompts is None else ("prompts", prompts)
 
 
 def is_missing(value: Any) -> bool:
@@ -234,6 +235,17 @@ def _key(row: Row) -> tuple:
 def _length(row: Row) -> int | None:
     """The length that a run's own evaluation makes its tasks' problems of; a benchmark names its own in the task."""
     return row["settings"].get("length")
+
+
+def _most_problems(rows: list[Row]) -> list[Row]:
+    """Of a run's own tasks, for each seed, the rows with the most problems: beside them a trial with a few says nothing."""
+    own = [row for row in rows if row["settings"].get("prompts") is None]
+    most = {place: max(row["num_problems"] for row in part) for place, part in grouped(own, _drawn_by).items()}
+    return [row for row in rows if row["num_problems"] >= most.get(_drawn_by(row), 0)]
+
+
+def _drawn_by(row: Row) -> tuple:
+    return row["task"], row["seed"]
 
 
 def _sortable(key: tuple) -> tuple:

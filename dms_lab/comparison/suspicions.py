@@ -180,7 +180,7 @@ def _methods(points: Iterable[MeasuredPoint]) -> Iterator[tuple[str, str]]:
 # -- of all rows ---------------------------------------------------------------------------------------------------------
 def _settings(rows: list[Row]) -> Iterator[str]:
     for (model, task), part in sorted(grouped(rows, lambda row: (row["model"], row["task"])).items()):
-        asked = [{"headline": row["headline"]} | row["settings"] for row in part]
+        asked = [{"headline": row["headline"]} | _number_of(row) | row["settings"] for row in part]
         for name in sorted({name for one in asked for name in one}.difference(_OWN_SETTINGS)):
             values = sorted({json.dumps(one.get(name), sort_keys=True) for one in asked})
             if len(values) > 1:
@@ -188,6 +188,11 @@ def _settings(rows: list[Row]) -> Iterator[str]:
                     f"{model}: rows of {task} differ in {name} ({' and '.join(values[:4])}) and stand in one comparison "
                     "all the same; drop those that do not belong"
                 )
+
+
+def _number_of(row: Row) -> dict[str, int]:
+    """How many problems a run's own evaluation asked; of a benchmark its `limit` says so."""
+    return {} if "prompts" in row["settings"] else {"num_problems": row["num_problems"]}
 
 
 def _provenance(rows: list[Row]) -> Iterator[str]:
