@@ -72,6 +72,8 @@ def evaluate_again(cfg: DictConfig) -> None:
     for key, default in unused.items():
         if cfg.get(key) != default:
             raise ValueError(f"{key}={cfg.get(key)} is for benchmarks; add eval=reasoning")
+    if cfg.num_problems is not None and (type(cfg.num_problems) is not int or cfg.num_problems < 1):
+        raise ValueError(f"num_problems={cfg.num_problems} must be a whole number, at least 1")
     set_threads(cfg.threads)
     place = Path(cfg.checkpoint)
     folder = run_of(place)

@@ -73,6 +73,11 @@ def test_what_cannot_be_run_is_told(tmp_path, monkeypatch, words, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_problems_are_refused_before_anything_is_loaded(tmp_path):
+    text = run("evaluate", "checkpoint=nowhere", "num_problems=0", cwd=tmp_path, code=1)
+    assert text.strip() == "error: num_problems=0 must be a whole number, at least 1"
+
+
 def test_an_error_is_one_sentence(tmp_path):
     text = run("evaluate", "checkpoint=nowhere", "eval=reasoning", cwd=tmp_path, code=1)
     assert text.strip().splitlines()[-1].startswith("error: no checkpoint in nowhere")
