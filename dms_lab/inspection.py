@@ -136,7 +136,8 @@ def save(chains: Iterable[Decisions], path: Path) -> None:
 def load(path: Path) -> list[Decisions]:
     """The chains of a file that `save` wrote; raises `ValueError` with file and line for a line that is none."""
     chains = []
-    for number, line in enumerate(Path(path).read_text().split("\n")[:-1], 1):
+    lines = Path(path).read_text().split("\n")  # not splitlines: texts hold other line ends
+    for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
             row = json.loads(line)
             if (version := row.pop("schema_version")) != SCHEMA_VERSION:

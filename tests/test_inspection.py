@@ -139,6 +139,18 @@ def test_saved_chains_come_back_as_they_were(tmp_path):
         assert (old.window, old.texts, old.num_prompt, old.about) == (new.window, new.texts, new.num_prompt, new.about)
 
 
+def test_the_last_chain_counts_without_the_end_of_its_line_too(tmp_path):
+    path = tmp_path / "decisions.jsonl"
+    inspection.save([], path)
+    assert inspection.load(path) == []
+    inspection.save([chain_of([[[0, 1]]])] * 2, path)
+    path.write_text(path.read_text().removesuffix("\n"))
+    assert len(inspection.load(path)) == 2
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(ValueError, match=r"decisions\.jsonl:2 holds no decisions"):
+        inspection.load(path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
