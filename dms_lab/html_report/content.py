@@ -41,7 +41,8 @@ _READING = [
     "Beyond its last point a frontier is held to the largest budget measured; held says how much of the common budgets is "
     "such, and not held is the margin as the paper defines it, over the rest alone (no common budget: there is none). "
     "Times less: the baseline's budget over the curve's for the same accuracy (>: the cheapest that was measured is more "
-    "accurate already). Difference: of accuracies at equal budget.",
+    "accurate already; an interval from 0: with other problems or seeds the accuracy may not be reached at all). "
+    "Difference: of accuracies at equal budget.",
 ]
 
 

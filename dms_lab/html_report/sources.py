@@ -30,8 +30,8 @@ class Origin:
 def origin_of(places: Sequence[Path]) -> Origin:
     """What is known of where the results in `places` come from; a sweep's `results.csv` is written anew from its runs.
 
-    Not so where the file has runs that are not done on this machine: they would be lost. Raises `ValueError` for a place
-    that is not there.
+    Not so where the file has runs that are no points of the sweep: they would be lost. Raises `ValueError` for a place that
+    is not there.
     """
     found = [_origin(Path(place)) for place in places]
     return Origin(
