@@ -289,6 +289,8 @@ def test_a_sweep_with_points_to_come_is_shown_as_far_as_it_is(sweep):
             "task 'dms_tiny_rod' is not in these results; choose from dms_tiny_ledger,",
         ),
         (["{study}", "--against", "fulll"], "against='fulll' is not in these results; choose one of 'dms', 'full'"),
+        (["{study}", "--within", "nan"], "an accuracy nan points lower cannot count as equal; give 0 to 100 points"),
+        (["{study}", "--within", "-5"], "an accuracy -5 points lower cannot count as equal"),
         (["{study}", "{study}"], "several places are compared: say with --out where"),
         (["{study}/empty"], "no results in {study}/empty: run an evaluation first"),
     ],

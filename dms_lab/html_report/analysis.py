@@ -38,10 +38,13 @@ class Analysis:
 def analyse(frame: "pd.DataFrame", against: str = "full", within: float = 0.0) -> Analysis:
     """Compares the results with each other, with `against` at equal budgets and accuracies, and with what was published.
 
-    `within` is how much less accurate than the baseline counts as equal, as a share. Raises `ValueError` if there are
-    accuracies, but none of `against`.
+    `within` is how much less accurate than the baseline counts as equal, as a share. Raises `ValueError` for one that is
+    none, and if there are accuracies, but none of `against`.
     """
     import pandas as pd
+
+    if not 0 <= within <= 1:
+        raise ValueError(f"an accuracy {100 * within:g} points lower cannot count as equal; give 0 to 100 points")
 
     points = comparison.curve_points(frame)
     models = set(frame["model"])
