@@ -88,9 +88,14 @@ class Retrofit:
 
     def detach(self) -> PreTrainedModel:
         """Takes hooks and predictors off; the model computes what it computed before, to the bit. Returns the model."""
+        self._check_attached()
         self._take_off()
         del self.model.dms_retrofit
         return self.model
+
+    def _check_attached(self) -> None:
+        if getattr(self.model, "dms_retrofit", None) is not self:
+            raise ValueError("this attachment was taken off its model; attach a policy again with dms_lab.retrofit")
 
     def _take_off(self) -> None:
         for hook in self._hooks:
@@ -130,6 +135,7 @@ class Retrofit:
 
     def policy(self) -> DmsPolicy | StreamingLLMPolicy:
         """The policy that the model was trained with, with hard decisions, for a cache."""
+        self._check_attached()
         if self.config is None:
             raise ValueError("this model was retrofitted without a policy of its own; choose one of dms_lab.policies")
         if self.config.predictor == "sinks":
@@ -210,8 +216,7 @@ class Retrofit:
 
     def _claim(self, cache: PolicyCache) -> None:
         """Lets a forward with `cache` begin; raises `ValueError` for one that serves another model or policy."""
-        if getattr(self.model, "dms_retrofit", None) is not self:
-            raise ValueError("this attachment was taken off its model; attach a policy again with dms_lab.retrofit")
+        self._check_attached()
         policy = cache.policy
         if isinstance(policy, DmsPolicy) and self.config is not None and policy.config != self.config:
             raise ValueError(

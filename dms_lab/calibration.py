@@ -48,7 +48,8 @@ def dial(handle: Retrofit, documents: Sequence[Sequence[int]], cr: float, tolera
 
     `cr` is full / kept at the ends of the documents, the window included, over all layers and KV heads. The handle keeps
     the new threshold, as its policy's `offset`; caches made before refuse to go on. `tolerance` is relative: a threshold
-    that no decision lies near may leave more, which is logged as a warning. Raises `ValueError` for a policy without
+    that no decision lies near may leave more. That is logged as a warning, and so is a ratio above that of the threshold
+    before: what was not learned to go goes then. Raises `ValueError` for a policy without
     predictors, no documents, or a ratio that no threshold reaches: the window alone keeps too much, or `cr` is below 1.
     """
     if not handle.predictors:
@@ -62,6 +63,7 @@ def dial(handle: Retrofit, documents: Sequence[Sequence[int]], cr: float, tolera
         return measured_cr(handle, documents)
 
     try:
+        as_it_was = at(0.0)
         found = _search(at, cr, tolerance, _most(handle, documents))
     except BaseException:
         handle.set_offset(before)
@@ -72,6 +74,13 @@ def dial(handle: Retrofit, documents: Sequence[Sequence[int]], cr: float, tolera
             "close together; give more text, or take what was measured for what it is",
             cr,
             found.measured_cr,
+        )
+    if cr > as_it_was * (1 + tolerance):
+        _log.warning(
+            "cr=%g is above the %.2f times that this text is compressed without moving the threshold: what was not learned "
+            "to go goes too, and accuracy falls (experiments/dial); ask for less, or train to a higher CR",
+            cr,
+            as_it_was,
         )
     return found
 

@@ -154,7 +154,9 @@ def read_metadata(folder: Path) -> Metadata:
     """The metadata of a checkpoint folder; raises `CheckpointError` for a missing, foreign or unreadable one."""
     path = Path(folder) / METADATA
     if not path.is_file():
-        raise CheckpointError(f"no {METADATA} in {folder}: a checkpoint is a folder with {METADATA} and {WEIGHTS}")
+        members = sorted(str(place.parent) for place in Path(folder).glob(f"checkpoints/*/{METADATA}"))
+        hint = f"; this run has {', '.join(members)}" if members else ""
+        raise CheckpointError(f"no {METADATA} in {folder}: a checkpoint is a folder with {METADATA} and {WEIGHTS}{hint}")
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

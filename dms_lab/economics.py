@@ -41,10 +41,12 @@ def tokens_that_fit(memory_bytes: float, geometry: KVGeometry, cr: float = 1.0) 
 def chains_that_fit(memory_bytes: float, geometry: KVGeometry, length: int, cr: float = 1.0) -> int:
     """How many chains of `length` tokens, prompt included, fit side by side, each at its full length.
 
-    Raises `ValueError` for a length or a ratio below 1.
+    Raises `ValueError` for a length or a ratio below 1, and for a memory below 0 or without end.
     """
     if length < 1:
         raise ValueError(f"length={length} must be at least 1")
+    if not 0 <= memory_bytes < float("inf"):
+        raise ValueError(f"memory_bytes={memory_bytes} must be a number of bytes, at least 0")
     return int(memory_bytes * _checked(cr) // (length * geometry.bytes_per_token))
 
 

@@ -42,13 +42,20 @@ def test_the_text_is_compressed_as_much_as_was_asked_for(handle, texts, cr):
 
 
 def test_a_ratio_that_no_threshold_gives_is_told(handle, texts, caplog):
-    calibration.dial(handle, texts, 3.0)
-    assert caplog.text == ""
     for predictor in handle.predictors.values():
         torch.nn.init.zeros_(predictor.weight)  # all decisions are alike: everything is kept, or the window alone
     found = calibration.dial(handle, texts, 3.0)
     assert abs(found.measured_cr / 3.0 - 1) > 0.01
     assert f"cr=3 was not met: the nearest threshold compresses the calibration text {found.measured_cr:.3f}" in caplog.text
+
+
+def test_more_than_was_learned_is_told_and_less_is_not(handle, texts, caplog):
+    as_it_is = calibration.measured_cr(handle, texts)
+    calibration.dial(handle, texts, 0.9 * as_it_is)
+    assert caplog.text == ""
+    now = calibration.measured_cr(handle, texts)
+    calibration.dial(handle, texts, as_it_is)  # more than what was set before
+    assert f"cr={as_it_is:g} is above the {now:.2f} times that this text is compressed" in caplog.text
 
 
 def test_the_compact_cache_holds_what_was_measured(handle, texts):

@@ -119,5 +119,8 @@ def test_what_makes_no_sense_is_refused():
             call()
     with pytest.raises(ValueError, match="length=0 must be at least 1"):
         economics.chains_that_fit(GIB, QWEN3_8B, 0)
+    for memory in (-1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"memory_bytes={memory} must be a number of bytes"):
+            economics.chains_that_fit(memory, QWEN3_8B, 10)
     with pytest.raises(ValueError, match="batch=0 and context=5 must be at least 1"):
         economics.decode_step(QWEN3_8B_SHAPE, economics.H100_SXM, 0, 5)

@@ -356,6 +356,14 @@ def test_a_flash_attention_model_is_refused_and_left_as_it_was():
     assert torch.equal(last_logits(model), before)
 
 
+def test_a_handle_that_was_taken_off_says_so():
+    handle = retrofit(build("llama"), DmsConfig())
+    handle.detach()
+    for call in (handle.detach, handle.policy):
+        with pytest.raises(ValueError, match="this attachment was taken off its model"):
+            call()
+
+
 def test_a_retrofit_that_fails_half_way_leaves_no_hook(monkeypatch):
     model = build("llama")
     before = last_logits(model)

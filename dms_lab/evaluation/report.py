@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dms_lab import models, plots, results, terminal
 from dms_lab.checkpoint import METADATA, read_metadata
@@ -11,6 +12,9 @@ from dms_lab.config import ModelConfig, TrainConfig, config_hash, resolve
 from dms_lab.evaluation.suite import Subject, checkpoints_of, evaluate
 from dms_lab.tracking import evaluation_id, log_evaluations
 from dms_lab.training.sources import held_out_documents
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _log = logging.getLogger(__name__)
 
@@ -86,9 +90,10 @@ def record(
     append: Callable[[Path, list[results.Result]], None] = results.append,
     tracking: str = "none",
 ) -> None:
-    """Appends each part to `results.jsonl` as it is measured; ends with the table, and figures if there are accuracies.
+    """Appends each part to `results.jsonl` as it is measured; ends with their table, and figures if there are accuracies.
 
-    With `tracking="wandb"` what was measured gets its run in W&B.
+    The figures are of all that the file holds: what was measured again or on more problems stands for the rest. With
+    `tracking="wandb"` what was measured gets its run in W&B.
     """
     console = terminal.console()
     path = folder / results.RESULTS
@@ -97,14 +102,23 @@ def record(
         for part in parts:
             append(path, part)
             found += part
-            status.update(f"evaluated {part[0].method} at CR {part[0].target_cr:g}")
+            done = f"evaluated {part[0].method} at CR {part[0].target_cr:g}"
+            status.update(done)
+            if not console.is_terminal:  # a log, which shows no spinner
+                console.print(done)
     import pandas as pd
 
     frame = pd.DataFrame([vars(result) for result in found])
     console.print(plots.summary_table(frame))
     if frame["accuracy"].notna().any():
-        for figure in plots.pareto_figures(frame, folder):
+        for figure in plots.pareto_figures(_standing(results.load(path)), folder):
             console.print(f"figure: {figure}")
     console.print(f"results: {path}")
     if tracking == "wandb":
         log_evaluations(path, {evaluation_id(vars(result)) for result in found})
+
+
+def _standing(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Of rows about the same, the last of those with the most problems."""
+    ordered = frame.sort_values("num_problems", kind="stable")
+    return ordered.drop_duplicates(["method", "task", "target_cr"], keep="last").sort_index()
