@@ -174,7 +174,10 @@ def intervals_said(analysis: Analysis) -> list[str]:
     if len(found) and found["low"].notna().any():
         said.append(
             "Intervals of what lies between curves: problems and seeds are drawn again, the same ones for a curve and its "
-            "baseline" + ("." if found["low"].notna().all() else "; there are none where single scores are not known.")
+            "baseline"
+            + ("." if found["low"].notna().all() else "; there are none where single scores are not known.")
+            + " Scores that are all right or all wrong are drawn as just that: an interval of no width says that problems "
+            "were too easy, too hard or too few to tell, not that nothing could differ."
         )
     elif len(found):
         said.append("What lies between curves has no intervals: what single problems scored is not known.")

@@ -1,7 +1,7 @@
 """Eviction and quantised storage together: python experiments/storage/measure.py <checkpoint> [<checkpoint> ...]
 
 Exact match of the embedded tasks with each storage of the compact cache, for full attention and each checkpoint, with the
-factor that each saves and the bytes really held; appends a line of JSON a row to results.jsonl beside this file.
+factor that each saves and the bytes really held; appends a line of JSON a row to measured.jsonl beside this file.
 """
 
 import json
@@ -60,7 +60,7 @@ def main() -> None:
     for checkpoint in (None, *map(Path, sys.argv[1:])):
         for storage in ("model", "fp8", "int8"):
             row = measure(checkpoint, storage)
-            with (Path(__file__).parent / "results.jsonl").open("a") as file:
+            with (Path(__file__).parent / "measured.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             cells = [f"{row[family]:.1f}" for family in tasks.FAMILIES]
             cells += [f"{row[name]:.2f}" for name in ("by_eviction", "by_storage", "in_bytes")]

@@ -230,7 +230,7 @@ def parse() -> argparse.Namespace:
     add("--steps", type=int, default=4, help="decode steps of a contestant's turn")
     add("--new-tokens", type=int, default=65)
     add("--dtype", dest="dtype_name", default="float32", choices=("float32", "bfloat16"))
-    add("--out", type=Path, default=HERE / "results.jsonl")
+    add("--out", type=Path, default=HERE / "measured.jsonl")
     args = parser.parse_args()
     args.dtype = getattr(torch, args.dtype_name)
     return args

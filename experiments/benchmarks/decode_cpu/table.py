@@ -1,4 +1,4 @@
-"""The measurements beside this file as Markdown: python table.py [results.jsonl]
+"""The measurements beside this file as Markdown: python table.py [measured.jsonl]
 
 Times are the least and the median; a ratio is of medians of contestants that took turns. Of a case that was measured twice
 the later one counts.
@@ -90,7 +90,7 @@ def peer_rows(rows: list[dict]) -> Iterable[list]:
 
 def main() -> None:
     """Prints every table for which there are measurements."""
-    found = load(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("results.jsonl"))
+    found = load(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).with_name("measured.jsonl"))
     head = "context | batch | cache | attention ms | step ms | tokens/s | attention: first / this | step: first / this"
     cases = sorted({(r["dtype"], r["contest"]) for r in found.get("decode", [])}, reverse=True)
     for dtype, contest in cases:
