@@ -27,8 +27,8 @@ def spread(values: pd.Series, digits: int = 1, factor: float = 1.0) -> str:
 
 
 print(f"{len(seeds)} seeds ({', '.join(map(str, seeds))}), {frame['num_problems'].max()} problems a family and seed\n")
-print("| CR | method | measured | " + " | ".join(FAMILIES) + " | mean | text ppl | KV reads | peak |")
-print("|---" * (8 + len(FAMILIES)) + "|")
+print("| CR | method | measured | " + " | ".join(FAMILIES) + " | mean | text ppl | at text CR | KV reads | peak |")
+print("|---" * (9 + len(FAMILIES)) + "|")
 for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lambda g: (g[0][0], sorting_key(g[0][1]))):
     tasks, text = rows[rows["accuracy"].notna()], rows[rows["perplexity"].notna()]
     by_seed = tasks.groupby("seed")
@@ -36,8 +36,8 @@ for (cr, method), rows in sorted(frame.groupby(["target_cr", "method"]), key=lam
     mean = spread(by_seed["accuracy"].mean(), factor=100)
     measured = spread(by_seed["measured_cr"].mean(), 2)
     cost = [f"{by_seed[name].mean().mean():.0f}" for name in ("kv_reads", "peak_tokens")]
-    perplexity = spread(text["perplexity"], 2)
-    print(f"| {cr:g} | {display_name(method)} | {measured} | " + " | ".join([*cells, mean, perplexity, *cost]) + " |")
+    of_text = [spread(text[name], 2) for name in ("perplexity", "measured_cr")]
+    print(f"| {cr:g} | {display_name(method)} | {measured} | " + " | ".join([*cells, mean, *of_text, *cost]) + " |")
 
 if len(sys.argv) == 1:
     with tempfile.TemporaryDirectory() as folder:
