@@ -30,8 +30,8 @@ many_chains = Path("../experiments/hyper_scaling")  # one to eight chains a prob
 #
 # Every rule below answers the same problems with one chain. **Full attention** keeps everything. **DMS** has learned
 # what to keep. The others are rules without training (`StreamingLLM`: the newest tokens; `TOVA`, `H2O`: what had the
-# most attention; `Quest`: keeps everything and reads a part), and the fair control, a fixed window trained exactly as
-# DMS was. Rules with a budget get as many tokens as DMS was measured to hold.
+# most attention; `KeyDiff`: keys unlike the rest; `Quest`: keeps everything and reads a part), and the fair control, a
+# fixed window trained exactly as DMS was. Rules with a budget get as many tokens as DMS was measured to hold.
 
 # %%
 frame = results.load(one_chain)
