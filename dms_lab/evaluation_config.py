@@ -15,7 +15,7 @@ _CHOICES = {
     "prompt_style": ("paper", "card"),
     "thinking": ("auto", "yes", "no"),
     "storage": ("model", "fp8", "int8"),
-    "attention": ("auto", "torch", "triton", "flash_attn"),
+    "attention": ("auto", "torch", "triton", "flash_attn", "flashinfer"),
     "step": ("auto", "eager", "graph"),
     "headline": ("auto", "avg", "maj", "pass_at_k", "pass_all"),
 }

@@ -153,7 +153,10 @@ def test_dates_and_local_data_come_as_they_were_written():
         (["eval.min_p=2"], "eval.min_p=2 is out of range"),
         (["eval.reserve=1"], "eval.reserve=1 is out of range"),
         (["eval.storage=int4"], "eval.storage='int4' is not known; choose one of model, fp8, int8"),
-        (["eval.attention=flash"], "eval.attention='flash' is not known; choose one of auto, torch, triton, flash_attn"),
+        (
+            ["eval.attention=flash"],
+            "eval.attention='flash' is not known; choose one of auto, torch, triton, flash_attn",
+        ),
         (["eval.step=fast"], "eval.step='fast' is not known; choose one of auto, eager, graph"),
         (["eval.start='August 2024'"], "eval.start='August 2024' is no date; write one as 2024-08-01"),
         (["eval.sources=dms_math500:b"], "eval.sources holds data of dms_math500, which is none of the tasks"),

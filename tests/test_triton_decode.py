@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_retrofit import build, decide
 
 from dms_lab.attachment import retrofit
-from dms_lab.attention import paged, reference
+from dms_lab.attention import flashinfer_paged, paged, reference
 from dms_lab.cache.compact import CompactCache
 from dms_lab.cache.pages import PagePool, PoolExhausted
 from dms_lab.cache.policy import Scores
@@ -288,7 +288,9 @@ def pool(dtype=torch.float32, width=16, storage="model"):
 def test_auto_stays_with_what_was_measured():
     assert paged.choose_backend("auto", pool()) == "torch"
     assert paged.choose_backend("triton", pool()) == "triton"
-    with pytest.raises(ValueError, match="attention='flash' is not known; choose one of auto, torch, triton, flash_attn"):
+    with pytest.raises(
+        ValueError, match="attention='flash' is not known; choose one of auto, torch, triton, flash_attn, flashinfer"
+    ):
         paged.choose_backend("flash", pool())
 
 
@@ -356,6 +358,66 @@ def test_flash_attn_is_given_each_head_as_a_sequence(monkeypatch):
         check(query, slots, scores)
     with pytest.raises(ValueError, match="knows no attention sinks"):
         paged.decode(query, slots, SINKS)
+
+
+class PlannedStub:
+    """What flashinfer's wrapper (0.7) says it does with these arguments."""
+
+    def __init__(self, workspace, layout, use_tensor_cores):
+        assert (workspace.dtype, layout, use_tensor_cores) == (torch.uint8, "NHD", True)
+
+    def plan(self, indptr, indices, last_page_len, num_qo_heads, num_kv_heads, head_dim, page_size, **more):
+        assert {x.dtype for x in (indptr, indices, last_page_len)} == {torch.int32}
+        assert indptr[-1] == len(indices)
+        self.pages = indices.long().split(indptr.diff().tolist())
+        self.lengths = ((indptr.diff() - 1).clamp(min=0) * page_size + last_page_len).tolist()  # as get_seq_lens does
+        self.sizes, self.more = (num_qo_heads, num_kv_heads, head_dim), more
+
+    def run(self, q, paged_kv_cache):
+        assert (q.shape[1], paged_kv_cache[0].shape[2], q.shape[2]) == self.sizes
+        assert (self.more["q_data_type"], self.more["kv_data_type"]) == (q.dtype, paged_kv_cache[0].dtype)
+        found = []
+        for row, (pages, length) in enumerate(zip(self.pages, self.lengths, strict=True)):
+            key, value = (x[pages].flatten(0, 1)[:length].transpose(0, 1)[None] for x in paged_kv_cache)
+            seen = torch.ones(1, key.shape[1], 1, length, dtype=torch.bool, device=q.device)
+            scaling, softcap = self.more["sm_scale"], self.more["logits_soft_cap"]
+            mine = reference.attend(q[row, None, :, None], key, value, seen, scaling, softcap)[0] if length else None
+            found.append(torch.full_like(q[row], torch.nan) if mine is None else mine[0, :, 0])
+        return torch.stack(found)
+
+
+@pytest.fixture
+def flashinfer_stub(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=PlannedStub))
+    flashinfer_paged._wrapper.cache_clear()
+    yield
+    flashinfer_paged._wrapper.cache_clear()
+
+
+@pytest.mark.parametrize("lengths", [[[300, 0], [5, 256]], [[32, 33], [31, 64]]])
+def test_flashinfer_is_given_each_head_as_a_sequence(flashinfer_stub, lengths):
+    slots = replace(fill(lengths, page_size=32), backend="flashinfer")
+    query = normal(2, 6, 1, 16, seed=3)
+    for scores in (Scores(0.3), Scores(0.3, softcap=2.0)):
+        check(query, slots, scores)
+    with pytest.raises(ValueError, match="is given no attention sinks"):
+        paged.decode(query, slots, SINKS)
+
+
+def test_flashinfer_is_refused_where_it_cannot_read(flashinfer_stub, monkeypatch):
+    with pytest.raises(ValueError, match="works on cuda, not on cpu"):
+        paged.choose_backend("flashinfer", PagePool(64, 64, torch.bfloat16, torch.device("cpu"), 32, 1))
+    for width, storage, words in ((64, "model", None), (80, "model", "of 80 and 80"), (64, "int8", "not torch.int8 of 64")):
+        pool = PagePool(width, width, torch.bfloat16, DEVICE, 32, 1, storage=storage)
+        pool.device = torch.device("cuda")
+        if words is None:
+            assert paged.choose_backend("flashinfer", pool) == "flashinfer"
+            continue
+        with pytest.raises(ValueError, match=words):
+            paged.choose_backend("flashinfer", pool)
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(ValueError, match=r"needs the package flashinfer .* pip install 'flashinfer-python'"):
+        CompactCache(FullPolicy(), attention="flashinfer")
 
 
 def test_flash_attn_is_refused_where_its_paged_kernel_cannot_read(monkeypatch):

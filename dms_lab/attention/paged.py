@@ -10,7 +10,8 @@ dense reference does the work in float32.
 
     torch    the above, on any device
     triton   kernels of our own (`kernels/`) that read the pages as they lie, CUDA only; all but weights
-    flash_attn   that package's paged kernel for single queries where it can (`flash_paged`), else torch
+    flash_attn   that package's paged kernel for single queries (`flash_paged`), else torch
+    flashinfer   likewise (`flashinfer_paged`)
     auto     torch: of the others none was measured on a GPU yet
 
 Shapes: B batch, K KV heads, G = H / K, C queries, S slots, M pages of a head, D head width.
@@ -28,8 +29,13 @@ from dms_lab.attention import reference
 from dms_lab.cache.pages import PagePool
 from dms_lab.cache.policy import Scores
 
-BACKENDS = ("auto", "torch", "triton", "flash_attn")
-_DOORS = {"triton": "dms_lab.attention.kernels.paged", "flash_attn": "dms_lab.attention.flash_paged"}  # imported late
+BACKENDS = ("auto", "torch", "triton", "flash_attn", "flashinfer")
+_DOORS = {  # imported late
+    "triton": "dms_lab.attention.kernels.paged",
+    "flash_attn": "dms_lab.attention.flash_paged",
+    "flashinfer": "dms_lab.attention.flashinfer_paged",
+}
+_PACKAGES = {"triton": "dms_lab[gpu]", "flash_attn": "dms_lab[gpu]", "flashinfer": "flashinfer-python"}
 _GROUP_BYTES = 2**21  # keys gathered at a time, about what a core's own cache holds
 _LONG_BYTES, _PART_BYTES = 2**22, 2**21  # keys of a head that are gathered in parts: more would not stay in that cache
 _GROUP_MASK = 2**20  # entries of a chunk's mask at a time
@@ -63,12 +69,13 @@ def check_backend(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"attention={name!r} is not known; choose one of {', '.join(BACKENDS)}")
     try:
-        if name in ("triton", "flash_attn"):
+        if name in _PACKAGES:
             importlib.import_module(name)
     except ImportError as error:
         package = name.replace("_", "-")
         raise ValueError(
-            f"attention={name!r} needs the package {package} ({error}): pip install 'dms_lab[gpu]', or use attention=torch"
+            f"attention={name!r} needs the package {package} ({error}): pip install '{_PACKAGES[name]}', or use "
+            "attention=torch"
         ) from error
 
 

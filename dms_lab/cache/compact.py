@@ -39,7 +39,7 @@ class CompactCache(PolicyCache):
     block): a pool of that size, which raises `PoolExhausted`; None: one that grows. `num_places`: a table of that many
     sequences, of which `rows` are in use at a time; None: as many as the first batch has. `chunk`: how many tokens of a
     prompt are attended at once. `apart`: no operation of the attention mixes sequences. `attention`: "auto", "torch",
-    "triton" or "flash_attn" (see `attention.paged`); rules that look at weights get those by the reference.
+    "triton", "flash_attn" or "flashinfer" (see `attention.paged`); rules that look at weights get those by the reference.
 
     Gradients do not pass through it: a backward through its output raises. Crop works while nothing was freed.
     """
