@@ -23,6 +23,7 @@ from paged_cases import DEVICE, errs_like, fill, held, normal
 from dms_lab.attention.kernels import paged as kernels
 from dms_lab.attention.kernels import paged_chunk, until
 from dms_lab.attention.kernels.tiles import Tile
+from experiments.benchmarks.paged_attention import measure
 
 ROOT = Path(__file__).parent.parent
 
@@ -292,6 +293,23 @@ def test_the_kernels_compile_for_hopper_within_its_shared_memory(kernel, tmp_pat
     ]
     done = subprocess.run([sys.executable, *words], env=environment, check=True, capture_output=True, text=True, cwd=ROOT)
     assert f"| 64 | {kernel} |" in done.stdout
+
+
+def test_packages_that_can_read_the_slots_compete_unless_they_compute_something_else(monkeypatch):
+    def choose(name, pool):
+        if name == "flash_attn":
+            raise ValueError("not installed")
+
+    def decode(query, slots, scores):
+        return query * (1 + off * (slots.backend == "flashinfer"))
+
+    monkeypatch.setattr(paged, "choose_backend", choose)
+    monkeypatch.setattr(paged, "decode", decode)
+    slots, off = fill([[5, 9]]), 1e-3
+    assert list(measure.others(normal(1, 4, 1, 16), slots, Scores(0.3))) == ["flashinfer"]
+    off = 0.1
+    with pytest.raises(SystemExit, match=r"flashinfer differs from torch by 0\.100"):
+        list(measure.others(normal(1, 4, 1, 16), slots, Scores(0.3)))
 
 
 def test_the_benchmark_checks_and_times_the_kernels(tmp_path):

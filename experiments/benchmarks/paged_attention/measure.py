@@ -1,6 +1,7 @@
 """Attention over slots in pages: python -m experiments.benchmarks.paged_attention.measure [all|decode|prefill|floors]
 
-decode    one query a sequence over ragged live slots: `triton`, the `torch` path, and dense attention over all tokens
+decode    one query a sequence over ragged live slots: `triton`, the `torch` path, the packages flash-attn and flashinfer
+          where they are installed and can read the slots, and dense attention over all tokens
 prefill   a prompt through one layer of the compact cache in chunks, storing included, against dense causal attention
 floors    operations and bytes of the real shapes, by arithmetic
 
@@ -16,7 +17,7 @@ import itertools
 import os
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,10 +141,24 @@ def measure_decode(args: argparse.Namespace) -> list[harness.Row]:
         def over_all(query=query, key=key, value=value, copies=copies) -> object:
             return [dense(query, key, value, False) for _ in range(copies)]
 
-        contestants = {"triton": over("triton"), "torch": over("torch"), "dense": over_all}
+        names = ("triton", *others(query, first, scores), "torch")
+        contestants = {name: over(name) for name in names} | {"dense": over_all}
         notes = {"calls": copies, "live_bytes": copies * least}
         rows += compete(case, contestants, args.rounds, notes)
     return rows
+
+
+def others(query: Tensor, slots: paged.Slots, scores: Scores) -> Iterator[str]:
+    """The packages whose paged kernels can read these slots here; exits where one computes something else."""
+    for name in ("flash_attn", "flashinfer"):
+        try:
+            paged.choose_backend(name, slots.pool)
+        except ValueError:
+            continue
+        plain, found = (paged.decode(query, replace(slots, backend=b), scores).float() for b in ("torch", name))
+        if not (found - plain).norm() <= 0.02 * plain.norm():
+            sys.exit(f"{name} differs from torch by {float((found - plain).norm() / plain.norm()):.3f} of its norm")
+        yield name
 
 
 # -- prefill -----------------------------------------------------------------------------------------------------------
