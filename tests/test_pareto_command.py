@@ -96,7 +96,7 @@ def test_several_places_are_compared_in_a_folder_of_their_own(study, tmp_path, u
     shutil.copy(ROOT / "experiments" / "tiny_demo" / "results_seed0.jsonl", other)
     assert main([str(study), str(other), "--out", str(tmp_path / "both")]) == 0
     tasks = {row["tasks"] for row in rows_of(tmp_path / "both" / "pareto.csv")}
-    assert tasks == {"dms_tiny_ledger, dms_tiny_program, dms_tiny_road", "ledger, program, road"}
+    assert tasks == {"dms_tiny_ledger, dms_tiny_program, dms_tiny_road", "ledger, program, road of 512 tokens"}
     report = (tmp_path / "both" / "report.html").read_text()
     assert "tiny: ledger, program, road" in report
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
-from test_results import DEMO, POINT, SINCE_2, SINCE_3
+from test_results import POINT, SINCE_2, SINCE_3, VERSION_1
 
 from dms_lab import results
 
 HYPER_SCALING = Path(__file__).parent / "data" / "schema2"
-KVPRESS = DEMO.parent / "peers" / "kvpress"
+KVPRESS = Path(__file__).parent.parent / "experiments" / "peers" / "kvpress"
 FILLED = {
     "metrics": {"avg": [0.1, None, 1e-300]},
     "settings": {"generation": {"temperature": 0.6, "top_k": None}, "limit": 10, "text": 'a,"b"\n'},
@@ -76,7 +76,7 @@ def test_lines_and_cells_say_the_same(tmp_path_factory, rows):
         assert {name: found[name] for name in known} == known
 
 
-@pytest.mark.parametrize("place", [DEMO / "results_seed0.jsonl", HYPER_SCALING / "results_seed1.jsonl", KVPRESS])
+@pytest.mark.parametrize("place", [VERSION_1, HYPER_SCALING / "results_seed1.jsonl", KVPRESS])
 def test_every_record_of_old_comes_back_with_its_version_and_its_own_columns(tmp_path, place):
     frame = results.load(place)
     results.save_csv(frame, tmp_path / "out.csv")

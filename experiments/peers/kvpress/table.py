@@ -1,4 +1,4 @@
-"""Results of run.py as Markdown: python experiments/peers/kvpress/table.py measured.jsonl
+"""Results of run.py as Markdown: python experiments/peers/kvpress/table.py results.jsonl
 
 Runs in the project's environment. One row a method and target: exact match a task in percent, costs as means over tasks.
 """
